@@ -1,0 +1,142 @@
+"""Finds out everything about a training step of a model that planning needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from velora_fx.candidates import Candidate, find_candidates, full_name
+from velora_fx.fake import fake_copy, fake_mode
+from velora_fx.installing import RegionPlan, install, region_plans, uninstall
+from velora_fx.options import Options
+from velora_fx.overhead import overhead_bytes
+from velora_fx.plans import Skipped
+from velora_fx.probe import Findings, Use, probe
+from velora_fx.regions import find_regions
+from velora_fx.simulate import default_loss, optimizer_factory, simulate
+from velora_fx.solver import Moment
+from velora_fx.timeline import Peak, Timeline
+from velora_fx.tracker import Tracker
+
+Sizes = Mapping[tuple[str, str], int]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A model's step: the untouched peak, what can be compressed, what cannot, and the moments of the trial step.
+
+    The indices in `moments` are those of `candidates`. `simulate_plan` gives the peak with the candidates compressed
+    at the given sub-token sizes.
+    """
+
+    findings: Findings
+    candidates: tuple[Candidate, ...]
+    skipped: tuple[Skipped, ...]
+    baseline: Peak
+    moments: tuple[Moment, ...]
+    simulate_plan: Callable[[Sizes], Peak]
+
+    def region_plans(self, sizes: Sizes) -> dict[str, RegionPlan]:
+        """What to install for the given sub-token sizes."""
+        return region_plans(self.findings, self.candidates, sizes)
+
+
+def analyse(
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    options: Options,
+    device: torch.device,
+    progress: Callable[[str], None],
+) -> Analysis:
+    """Simulates a step of the untouched model, captures its regions and finds what can be compressed.
+
+    The model is not touched: everything happens on copies without memory. What the model's own forward raises is
+    raised as it is; ValueError if it has no trainable matrix product.
+    """
+    if not find_regions(model):
+        raise ValueError(
+            "the model has no trainable matrix product, so there is nothing to compress: "
+            "check requires_grad of its parameters"
+        )
+    mode = fake_mode()
+    make_optimizer = optimizer_factory(options.optimizer, model, device)
+
+    def fake_model() -> torch.nn.Module:
+        fake = fake_copy(model, mode, device)
+        uninstall(fake)
+        return fake
+
+    def step(fake: torch.nn.Module, tracker: Tracker | None = None) -> Timeline:
+        inputs = fake_copy((args, kwargs), mode, device)
+        loss_fn = options.loss_fn or default_loss
+        return simulate(fake, *inputs, make_optimizer=make_optimizer, loss_fn=loss_fn, device=device, tracker=tracker)
+
+    def peak(fake: torch.nn.Module) -> Peak:
+        highest = step(fake).peak
+        return Peak(highest.peak_bytes + overhead_bytes(device), highest.breakdown, highest.moment)
+
+    def simulate_plan(sizes: Sizes) -> Peak:
+        progress("planned step")
+        fake = fake_model()
+        install(fake, region_plans(findings, candidates, sizes), options.seed)
+        return peak(fake)
+
+    progress("untouched step")
+    baseline = peak(fake_model())
+    findings = probe(fake_model(), step, Tracker(), progress)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    candidates, skipped = find_candidates(
+        findings,
+        options.sub_token_sizes,
+        lambda name: parameters[name].numel(),
+        lambda use: exclusion(model, parameters, use, options),
+    )
+    moments = _moments(findings, candidates, overhead_bytes(device))
+    return Analysis(findings, candidates, skipped, baseline, moments, simulate_plan)
+
+
+def exclusion(
+    model: torch.nn.Module, parameters: Mapping[str, torch.nn.Parameter], use: Use, options: Options
+) -> str | None:
+    """Why a product is left as it is by choice: what `filter_fn` says, or tied and vocabulary weights by default."""
+    name = full_name(use.region, use.parameter)
+    parameter = parameters[name]
+    if options.filter_fn is not None:
+        owner = name.rpartition(".")[0]
+        return None if options.filter_fn(model.get_submodule(owner), owner) else "left out by filter_fn"
+    embeddings = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    if any(weight is parameter for weight in embeddings):
+        return "its weight is tied to an embedding (filter_fn overrides)"
+    vocabulary = max((weight.shape for weight in embeddings), default=None)
+    if use.consumer == "" and parameter.shape == vocabulary:
+        return "it is the output head over a vocabulary (filter_fn overrides)"
+    return None
+
+
+def _moments(findings: Findings, candidates: tuple[Candidate, ...], overhead: int) -> tuple[Moment, ...]:
+    """Cuts the trial step where the set of compressible tensors alive changes, and takes each stretch's peak."""
+    timeline = findings.timeline
+    assert timeline is not None
+    end = len(timeline.deltas)
+    spans = [
+        (findings.last_uses.get(storage, timeline.births[storage] + 1), timeline.deaths.get(storage, end), index)
+        for index, candidate in enumerate(candidates)
+        for storage in candidate.storages
+    ]
+    cuts = sorted({0, *(min(start, end - 1) for start, _, _ in spans), *(stop for _, stop, _ in spans if stop < end)})
+    peaks = np.maximum.reduceat(timeline.live_bytes, cuts)
+    moments = []
+    for cut, highest in zip(cuts, peaks.tolist(), strict=True):
+        alive: dict[int, int] = {}
+        for start, stop, index in spans:
+            if start <= cut < stop:
+                alive[index] = alive.get(index, 0) + 1
+        moments.append(Moment(int(highest) + overhead, tuple(sorted(alive.items()))))
+    return tuple(moments)
+
+

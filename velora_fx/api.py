@@ -1,0 +1,243 @@
+"""The public functions."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+
+from velora_fx.analysis import analyse
+from velora_fx.arguments import example_call
+from velora_fx.calibrate import calibrate
+from velora_fx.first_forward import FirstForward, Request
+from velora_fx.installing import install, uninstall
+from velora_fx.options import Options, budget_bytes_of, planning_device
+from velora_fx.planning import make_plan, sizes_of
+from velora_fx.plans import Plan
+from velora_fx.progress import planning_progress
+from velora_fx.region import Region
+from velora_fx.regions import find_regions
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+STATE = "_velora_fx"
+
+
+@dataclass
+class Installed:
+    """What `optimize` leaves on a model: its plan and its regions."""
+
+    plan: Plan
+    regions: list[Region]
+
+
+def optimize(
+    model: Model,
+    budget_gb: float | str | None = None,
+    example_inputs: Any = None,
+    *,
+    plan: Plan | None = None,
+    optimizer: Any = "adamw",
+    target: str = "eager",
+    gradients: str = "dense",
+    projection: str = "signs",
+    sub_token_sizes: Sequence[int] | None = None,
+    filter_fn: Callable[[torch.nn.Module, str], bool] | None = None,
+    loss_fn: Callable[[Any], torch.Tensor] | None = None,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+) -> Model:
+    """Makes one training step of the model fit a memory budget, in place, and returns the model.
+
+    Activations that only weight gradients need are kept as rank-1 projections of sub-tokens where the budget needs
+    it (VeLoRA, arXiv 2405.17991); outputs, input gradients and all other gradients stay exact.
+
+    Args:
+        budget_gb: peak memory of a step in GiB (2**30 bytes): reserved memory on CUDA, allocated bytes on CPU;
+            "device" for all memory of the model's CUDA device.
+        example_inputs: the largest batch to plan for: a dict of keyword arguments, a tuple of arguments or an
+            (args, kwargs) pair of `model(...)`. Without it, planning happens at the first training forward, and
+            `torch.compile(fullgraph=True)` has to wait until then.
+        plan: a plan to apply instead of a budget, as `plan` or `BudgetError.plan` gives it.
+        optimizer: "adamw", "sgd", "none", an optimizer class, or an optimizer made from the model's parameters.
+        target: how the step will run: "eager".
+        gradients: "dense", the ordinary `.grad` of each weight.
+        projection: "signs", random signs from `seed`, the same on every rank and in every run; "batch_mean", the
+            paper's mean sub-token of the example inputs or of the first training batch, kept in `state_dict`.
+        sub_token_sizes: the sizes M to choose from; by default divisors of each width between 2 and 128.
+        filter_fn: `filter_fn(module, name)` is True where the module's weight may get an approximate gradient; by
+            default weights tied to an embedding and output heads over a vocabulary may not.
+        loss_fn: the loss of the model's output, for planning; by default the output's `loss`, or a stand-in.
+        device: what is planned for, "cpu" or "cuda"; by default the model's device.
+        seed: seed of the projections.
+
+    Raises:
+        ValueError: bad arguments, or a model without a trainable matrix product.
+        BudgetError: no plan fits; it carries the smallest reachable peak and the plan that reaches it.
+        Whatever the model's own forward raises on the example inputs. The model is then as it was.
+    """
+    options = Options(
+        optimizer=optimizer, target=target, gradients=gradients, projection=projection,
+        sub_token_sizes=sub_token_sizes, filter_fn=filter_fn, loss_fn=loss_fn, device=device, seed=seed,
+    )  # fmt: skip
+    if (budget_gb is None) == (plan is None):
+        raise ValueError(
+            "pass either budget_gb or plan, got both" if plan is not None else "pass budget_gb (in GiB) or plan, got neither"
+        )
+    if plan is not None and not isinstance(plan, Plan):
+        raise ValueError(f"plan must be a velora_fx.Plan, got {type(plan).__name__}")
+    where = planning_device(model, options)
+    budget_bytes = None if plan is not None else budget_bytes_of(budget_gb, where)
+    _check_model(model)
+    request = Request(options, where, budget_bytes, plan, {})
+    if example_inputs is None:
+        restore(model)
+        FirstForward(model, request, apply).install()
+    else:
+        apply(model, request, *_checked_call(model, example_inputs))
+    return model
+
+
+def plan(
+    model: torch.nn.Module,
+    budget_gb: float | str,
+    example_inputs: Any,
+    *,
+    optimizer: Any = "adamw",
+    target: str = "eager",
+    gradients: str = "dense",
+    projection: str = "signs",
+    sub_token_sizes: Sequence[int] | None = None,
+    filter_fn: Callable[[torch.nn.Module, str], bool] | None = None,
+    loss_fn: Callable[[Any], torch.Tensor] | None = None,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+) -> Plan:
+    """The plan that `optimize` would make, with the model left as it is; arguments and errors are those of `optimize`.
+
+    The model's weights are not read: a model on the meta device can be planned for.
+    """
+    options = Options(
+        optimizer=optimizer, target=target, gradients=gradients, projection=projection,
+        sub_token_sizes=sub_token_sizes, filter_fn=filter_fn, loss_fn=loss_fn, device=device, seed=seed,
+    )  # fmt: skip
+    where = planning_device(model, options)
+    budget_bytes = budget_bytes_of(budget_gb, where)
+    _check_model(model)
+    args, kwargs = _checked_call(model, example_inputs)
+    with planning_progress() as progress:
+        analysis = analyse(model, args, kwargs, options, where, progress)
+        return make_plan(analysis, budget_bytes, type(model).__name__, options, where)[0]
+
+
+def plan_of(model: torch.nn.Module) -> Plan:
+    """The plan of an optimised model, also through `torch.compile` and DDP wrappers.
+
+    Raises RuntimeError where there is none yet.
+    """
+    return _installed(model).plan
+
+
+def restore(model: Model) -> Model:
+    """Undoes `optimize`: every module gets its own forward back; a model that is not optimised stays as it is."""
+    uninstall(model)
+    forward = vars(model).get("forward")
+    if isinstance(forward, FirstForward):
+        forward.remove()
+    vars(model).pop(STATE, None)
+    return model
+
+
+def state_dict(model: torch.nn.Module) -> dict[str, Any]:
+    """What a checkpoint needs besides the model's own state: the plan, and projections made from data."""
+    installed = _installed(model)
+    projections = {}
+    if installed.plan.projection != "signs":
+        projections = {
+            f"{region.name}/{tensor}": v.clone() for region in installed.regions for tensor, v in region.projections.items()
+        }
+    return {"plan": installed.plan.to_dict(), "projections": projections}
+
+
+def load_state_dict(model: Model, state: Mapping[str, Any]) -> Model:
+    """Puts a state from `state_dict` into a model and returns it.
+
+    An optimised model with the same decisions takes over the projections at once; any other model is prepared to
+    apply the saved plan at its first training forward. Raises ValueError for a state that does not fit.
+    """
+    if set(state) != {"plan", "projections"}:
+        raise ValueError(f"a state of velora_fx.state_dict has the keys plan and projections, got {sorted(state)}")
+    saved = Plan.from_dict(state["plan"])
+    installed = vars(model).get(STATE)
+    if isinstance(installed, Installed) and installed.plan.decisions == saved.decisions:
+        _load_projections(installed.regions, state["projections"])
+        return model
+    options = Options(projection=saved.projection, seed=saved.seed)
+    _check_model(model)
+    restore(model)
+    request = Request(options, planning_device(model, options), None, saved, dict(state["projections"]))
+    FirstForward(model, request, apply).install()
+    return model
+
+
+def apply(model: torch.nn.Module, request: Request, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Plans for the given call as requested and installs the result; a failure leaves the model as it was."""
+    options = request.options
+    with planning_progress() as progress:
+        analysis = analyse(model, args, kwargs, options, request.device, progress)
+        if request.plan is not None:
+            made, sizes = request.plan, sizes_of(request.plan, analysis)
+            options = replace(options, projection=made.projection, seed=made.seed)
+        else:
+            made, sizes = make_plan(analysis, request.budget_bytes, type(model).__name__, options, request.device)
+    restore(model)
+    regions = install(model, analysis.region_plans(sizes), options.seed)
+    setattr(model, STATE, Installed(made, regions))
+    if request.projections:
+        _load_projections(regions, request.projections)
+    elif options.projection == "batch_mean":
+        calibrate(model, regions, args, kwargs)
+
+
+def _load_projections(regions: Sequence[Region], projections: Mapping[str, torch.Tensor]) -> None:
+    expected = {f"{region.name}/{tensor}" for region in regions for tensor in region.projections}
+    if projections and set(projections) != expected:
+        raise ValueError(
+            f"the state's projections are for other tensors: {sorted(set(projections) ^ expected)[:3]} do not match"
+        )
+    for region in regions:
+        for tensor in region.projections:
+            if projections:
+                region.set_projection(tensor, projections[f"{region.name}/{tensor}"])
+
+
+def _check_model(model: torch.nn.Module) -> None:
+    if not find_regions(model):
+        raise ValueError(
+            "the model has no trainable matrix product, so there is nothing to compress: "
+            "check requires_grad of its parameters"
+        )
+
+
+def _checked_call(model: torch.nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args, kwargs = example_call(example_inputs)
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise ValueError(f"example_inputs do not fit the forward of {type(model).__name__}: {error}") from error
+    return args, kwargs
+
+
+def _installed(model: torch.nn.Module) -> Installed:
+    for candidate in (model, getattr(model, "_orig_mod", None), getattr(model, "module", None)):
+        installed = vars(candidate).get(STATE) if candidate is not None else None
+        if isinstance(installed, Installed):
+            return installed
+    if isinstance(vars(model).get("forward"), FirstForward):
+        raise RuntimeError(
+            "the model is not planned yet: planning happens at its first training forward; "
+            "pass example_inputs to optimize to plan at once"
+        )
+    raise RuntimeError("the model is not optimised: call velora_fx.optimize first")

@@ -1,0 +1,163 @@
+"""Which saved tensors can be compressed, and why the others cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from velora_fx.passes.saved_tensors import Saving
+from velora_fx.plans import Skipped
+from velora_fx.probe import Findings, Use
+from velora_fx.timeline import Timeline
+
+LARGEST_SUB_TOKEN = 128
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A saved tensor that only gradients of trainable weights need; compressing it frees `bytes_before`.
+
+    `savings` names the linears that save it, `storages` the tracker's numbers of the storage in each call, `sizes`
+    the sub-token sizes it may take and `num_weights` the entries of the weights whose gradient becomes approximate.
+    """
+
+    region: str
+    tensor: str
+    savings: tuple[Saving, ...]
+    storages: tuple[int, ...]
+    bytes_before: int
+    sizes: tuple[int, ...]
+    num_weights: int
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Region and tensor: the name of the candidate."""
+        return self.region, self.tensor
+
+    @property
+    def consumers(self) -> tuple[str, ...]:
+        """The dotted names of the linears."""
+        return tuple(dict.fromkeys(full_name(saving.region, saving.consumer or "") for saving in self.savings))
+
+    def bytes_after(self, size: int) -> int:
+        """Bytes of the projections kept instead, one tensor for each input of each region."""
+        inputs = {(s.region, s.x, s.storage): s for s in self.savings}
+        total = 0
+        for saving in inputs.values():
+            assert saving.dtype is not None
+            total += torch.Size(saving.shape).numel() // size * saving.dtype.itemsize
+        return total
+
+
+def full_name(region: str, part: str) -> str:
+    """The dotted name of a part of a region."""
+    return f"{region}.{part}" if region and part else region or part
+
+
+def offered_sizes(width: int, wanted: Sequence[int] | None) -> tuple[int, ...]:
+    """The sub-token sizes for a tensor of this width: the wanted ones that divide it, else the divisors from 2 to
+    128 nearest to the powers of two."""
+    divisors = [size for size in range(2, LARGEST_SUB_TOKEN + 1) if width % size == 0]
+    if wanted is not None:
+        return tuple(sorted({size for size in wanted if width % size == 0}))
+    nearest = {min(divisors, key=lambda d: (abs(d - 2**power), d)) for power in range(1, 8)} if divisors else set()
+    return tuple(sorted(nearest))
+
+
+def find_candidates(
+    findings: Findings,
+    sizes: Sequence[int] | None,
+    num_weights: Callable[[str], int],
+    exclusion: Callable[[Use], str | None],
+) -> tuple[tuple[Candidate, ...], tuple[Skipped, ...]]:
+    """Sorts every product with a trainable parameter into candidates and skipped modules with their reasons.
+
+    `num_weights` gives the entries of a parameter by its dotted name, `exclusion` a reason to leave a product as it
+    is, or None.
+    """
+    assert findings.timeline is not None
+    reasons = {key: use.reason or exclusion(use) for key, use in findings.uses.items()}
+    by_storage: dict[int, list[Saving]] = {}
+    for saving in findings.savings:
+        by_storage.setdefault(saving.storage, []).append(saving)
+    merged: dict[tuple[str, ...], list[list[Saving]]] = {}
+    for savings in by_storage.values():
+        linear = [saving for saving in savings if saving.consumer is not None]
+        if not linear:
+            continue
+        blocked = _blocked(savings, reasons)
+        if findings.timeline.births[savings[0].storage] < findings.timeline.marks[0][0]:
+            blocked = "its input is an input of the model, which the caller holds"
+        offered = set.intersection(*(set(offered_sizes(saving.shape[-1], sizes)) for saving in linear))
+        if blocked is None and not offered:
+            widths = ", ".join(str(width) for width in dict.fromkeys(saving.shape[-1] for saving in linear))
+            blocked = f"no sub-token size from {tuple(sizes) if sizes else '2 to 128'} divides its input width {widths}"
+        for saving in linear:
+            key = (saving.region, saving.consumer or "")
+            if blocked is not None:
+                reasons[key] = reasons[key] or blocked
+        if blocked is None:
+            names = tuple(dict.fromkeys(f"{saving.region}/{saving.consumer}" for saving in linear))
+            merged.setdefault(names, []).append(linear)
+    for groups in merged.values():
+        keys = [(s.region, s.consumer or "") for group in groups for s in group]
+        if any(reasons[key] for key in keys):
+            for key in keys:
+                reasons[key] = reasons[key] or "another call of it saves an input that cannot be compressed"
+    candidates = tuple(
+        _candidate(groups, findings, sizes, num_weights)
+        for groups in merged.values()
+        if not any(reasons[s.region, s.consumer or ""] for group in groups for s in group)
+    )
+    chosen = {(s.region, s.consumer) for candidate in candidates for s in candidate.savings}
+    skipped = tuple(
+        Skipped(full_name(*key), reason or "its input is not kept for backward outside of a recomputed stretch")
+        for key, reason in reasons.items()
+        if key not in chosen
+    )
+    return candidates, skipped
+
+
+def _blocked(savings: list[Saving], reasons: dict[tuple[str, str], str | None]) -> str | None:
+    others = list(dict.fromkeys(saving.operation for saving in savings if saving.consumer is None))
+    if others:
+        return f"input also saved by {', '.join(others)}"
+    for saving in savings:
+        if (saving.region, saving.consumer) not in reasons:
+            return f"input also saved by the frozen {full_name(saving.region, saving.consumer or '')}"
+        if reasons[saving.region, saving.consumer or ""] is not None:
+            return f"input also saved by {full_name(saving.region, saving.consumer or '')}, which stays as it is"
+    return None
+
+
+def _candidate(
+    groups: list[list[Saving]],
+    findings: Findings,
+    sizes: Sequence[int] | None,
+    num_weights: Callable[[str], int],
+) -> Candidate:
+    timeline = findings.timeline
+    assert timeline is not None
+    savings = tuple(saving for group in groups for saving in group)
+    storages = tuple(dict.fromkeys(saving.storage for saving in savings))
+    first = savings[0]
+    parameters = {
+        full_name(s.region, findings.uses[s.region, s.consumer].parameter): None for s in savings if s.consumer
+    }
+    offered = set.intersection(*(set(offered_sizes(saving.shape[-1], sizes)) for saving in savings))
+    return Candidate(
+        first.region,
+        full_name(first.consumer or "", "input"),
+        savings,
+        storages,
+        sum(bytes_of(timeline, storage) for storage in storages),
+        tuple(sorted(offered)),
+        sum(num_weights(name) for name in parameters),
+    )
+
+
+def bytes_of(timeline: Timeline, storage: int) -> int:
+    """The bytes of a storage."""
+    return int(timeline.deltas[timeline.births[storage]])

@@ -1,0 +1,201 @@
+"""Captures the forward of one module as a plain FX graph with its parameters as inputs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim, ExportedProgram
+from torch.fx import Graph, GraphModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import _disable_current_modes
+
+from velora_fx.arguments import CONSTANTS, flatten, unflatten
+
+
+class CaptureError(Exception):
+    """A module whose forward cannot be captured; the text says why."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A forward as a graph: `gm(*state, *tensors)` returns the tensor leaves of the outputs.
+
+    `gm.meta["state"]` maps the placeholder of each parameter and buffer to its dotted name, in order. `outputs` is
+    the structure of the result, `constants` its leaves with None where a tensor belongs (at `slots`). `guards` are
+    Python expressions over the list `ts` of all inputs; `reads` the plain attributes the forward looked at, as
+    (module name, attribute).
+    """
+
+    gm: GraphModule
+    outputs: Any
+    constants: tuple[Any, ...]
+    slots: tuple[int, ...]
+    guards: tuple[str, ...]
+    reads: frozenset[tuple[str, str]]
+
+
+def state_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The live parameters and buffers of a module by dotted name, tied ones once."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def capture(
+    module: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    forward: Callable[..., Any] | None = None,
+) -> Captured:
+    """Captures `module(*args, **kwargs)` in training mode; nothing is executed and the module is left as it was.
+
+    `forward` is the module's own forward where another one stands in for it (default: that of its class). Every dimension of the tensor arguments is free unless it is 1 or the forward fixes it. Grad mode, autocast and
+    saved-tensor hooks of the caller stay out of the graph. Raises CaptureError.
+    """
+    structure, leaves = flatten((args, kwargs))
+    for leaf in leaves:
+        if not isinstance(leaf, (torch.Tensor, *CONSTANTS)):
+            raise CaptureError(f"its forward takes an argument of type {type(leaf).__name__}")
+    slots = [index for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    state = state_of(module)
+    result: dict[str, Any] = {}
+
+    class Shim(torch.nn.Module):
+        def forward(self, ts: list[torch.Tensor]) -> list[Any]:
+            filled = list(leaves)
+            for slot, tensor in zip(slots, ts[len(state) :], strict=True):
+                filled[slot] = tensor
+            call_args, call_kwargs = unflatten(structure, filled)
+            named = dict(zip(state, ts, strict=False))
+            output = torch.func.functional_call(module, named, call_args, call_kwargs)
+            result["outputs"], result["leaves"] = flatten(output)
+            return [leaf for leaf in result["leaves"] if isinstance(leaf, (torch.Tensor, torch.SymInt))]
+
+    tensors = [leaves[slot] for slot in slots]
+    free = [{dim: Dim.AUTO for dim, size in enumerate(tensor.shape) if size != 1} for tensor in tensors]
+    with _isolated(), _own_forward(module, forward), _recorded_reads(module) as reads:
+        inputs = _fakes([*state.values(), *tensors])
+        try:
+            program = torch.export.export(
+                Shim(), (inputs,), dynamic_shapes=([None] * len(state) + free,), strict=False
+            )
+        except Exception as error:
+            raise CaptureError(_first_line(error)) from error
+    constants = []
+    for leaf in result["leaves"]:
+        if not isinstance(leaf, (torch.Tensor, torch.SymInt, *CONSTANTS)):
+            raise CaptureError(f"its forward returns a {type(leaf).__name__}")
+        constants.append(None if isinstance(leaf, (torch.Tensor, torch.SymInt)) else leaf)
+    output_slots = [i for i, leaf in enumerate(result["leaves"]) if isinstance(leaf, (torch.Tensor, torch.SymInt))]
+    gm = _plain_graph_module(program, list(state))
+    guards = _guards(program, gm, len(state))
+    return Captured(gm, result["outputs"], tuple(constants), tuple(output_slots), guards, frozenset(reads))
+
+
+def _fakes(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
+        return [
+            torch.empty_strided(
+                t.shape, t.stride(), dtype=t.dtype, device="cpu" if t.device.type == "meta" else t.device
+            ).requires_grad_(t.requires_grad)
+            for t in tensors
+        ]
+
+
+@contextlib.contextmanager
+def _isolated() -> Iterator[None]:
+    """Keeps the tracing out of the sight of dispatch modes and saved-tensor hooks (checkpointing) of the caller."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    identity = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    logger.setLevel(logging.ERROR)
+    try:
+        with _disable_current_modes(), identity, torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _own_forward(module: torch.nn.Module, forward: Callable[..., Any] | None) -> Iterator[None]:
+    stand_in = vars(module).pop("forward", None)
+    if forward is not None:
+        module.forward = forward
+    try:
+        yield
+    finally:
+        vars(module).pop("forward", None)
+        if stand_in is not None:
+            module.forward = stand_in
+
+
+@contextlib.contextmanager
+def _recorded_reads(module: torch.nn.Module) -> Iterator[set[tuple[str, str]]]:
+    """Collects which plain attributes (no tensors, no submodules) of the module tree are read meanwhile."""
+    reads: set[tuple[str, str]] = set()
+    classes = {child: type(child) for child in module.modules()}
+    try:
+        for name, child in module.named_modules():
+            child.__class__ = _recording_class(type(child), name, reads)
+        yield reads
+    finally:
+        for child, original in classes.items():
+            child.__class__ = original
+
+
+def _recording_class(base: type, name: str, reads: set[tuple[str, str]]) -> type:
+    def __getattribute__(self: Any, attribute: str) -> Any:
+        if not attribute.startswith("_") and attribute in object.__getattribute__(self, "__dict__"):
+            reads.add((name, attribute))
+        return base.__getattribute__(self, attribute)
+
+    return type(base.__name__, (base,), {"__getattribute__": __getattribute__, "__module__": base.__module__})
+
+
+def _plain_graph_module(program: ExportedProgram, names: list[str]) -> GraphModule:
+    """The exported graph in a GraphModule that pickles, flat inputs first to last, outputs as one tuple."""
+    exported = program.module(check_guards=False)
+    assert isinstance(exported, GraphModule)
+    graph = Graph()
+    values: dict[torch.fx.Node, torch.fx.Node] = {}
+    output = graph.graph_copy(exported.graph, values)
+    graph.output(tuple(output) if isinstance(output, (list, tuple)) else (output,))
+    attributes = {
+        str(node.target): exported.get_submodule(str(node.target))
+        if isinstance(getattr(exported, str(node.target), None), torch.nn.Module)
+        else getattr(exported, str(node.target))
+        for node in graph.nodes
+        if node.op in ("get_attr", "call_module")
+    }
+    gm = GraphModule(attributes, graph)
+    placeholders = [node.name for node in graph.nodes if node.op == "placeholder"]
+    gm.meta["state"] = dict(zip(placeholders, names, strict=False))
+    return gm
+
+
+def _guards(program: ExportedProgram, gm: GraphModule, num_state: int) -> tuple[str, ...]:
+    """The conditions on input sizes under which the graph is the forward, over a list `ts` of all inputs."""
+    guards = [re.sub(r"L\['ts'\]", "ts", guard) for guard in program._guards_code]
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    for index, node in enumerate(placeholders):
+        for dim, size in enumerate(node.meta["val"].shape):
+            where = f"ts[{index}].size()[{dim}]"
+            if not isinstance(size, torch.SymInt):
+                guards.append(f"{where} == {int(size)}")
+            elif (bounds := program.range_constraints.get(size.node.expr)) is not None:
+                if bounds.lower > 0:
+                    guards.append(f"{where} >= {int(bounds.lower)}")
+                if bounds.upper.is_finite and bounds.upper < 2**31:
+                    guards.append(f"{where} <= {int(bounds.upper)}")
+    assert len(placeholders) >= num_state
+    return tuple(dict.fromkeys(guards))
+
+
+def _first_line(error: Exception) -> str:
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text}"[:300]

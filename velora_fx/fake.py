@@ -1,0 +1,128 @@
+"""A copy of a model that holds no memory, to run a training step of it without computing anything."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Value = TypeVar("Value")
+
+
+def fake_mode() -> FakeTensorMode:
+    """A mode that is never entered: only what derives from fake weights and inputs is fake.
+
+    Integer inputs, masks and positions stay real and are computed, so that a branch on their values (is there any
+    padding?) goes the way of a real run.
+    """
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake_tensor(tensor: torch.Tensor, mode: FakeTensorMode, device: torch.device | None = None) -> torch.Tensor:
+    """A tensor without memory of the same shape, strides, dtype and class, on `device` (default: its own)."""
+    where = device or tensor.device
+    if where.type == "meta" or (where.type == "cuda" and not torch.cuda.is_available()):
+        where = torch.device("cpu")
+    if not (tensor.is_floating_point() or tensor.is_complex() or isinstance(tensor, FakeTensor) or tensor.is_meta):
+        return tensor.detach().to(where, copy=True)
+    with mode:
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=where)
+    if isinstance(tensor, torch.nn.Parameter):
+        return torch.nn.Parameter(fake, requires_grad=tensor.requires_grad)
+    return fake.requires_grad_(tensor.requires_grad)
+
+
+def fake_copy(value: Value, mode: FakeTensorMode, device: torch.device | None = None) -> Value:
+    """Deep copy of a module, or of nested call arguments, with every floating tensor fake; ties stay ties."""
+    memo: dict[int, Any] = {}
+    kept: list[torch.Tensor] = []
+    for tensor in _tensors(value):
+        if id(tensor) not in memo:
+            memo[id(tensor)] = fake_tensor(tensor, mode, device)
+            kept.append(tensor)
+    return copy.deepcopy(value, memo)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, torch.nn.Module):
+        for module in value.modules():
+            yield from (t for t in [*module._parameters.values(), *module._buffers.values()] if t is not None)
+            yield from (t for t in vars(module).values() if isinstance(t, torch.Tensor))
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif hasattr(value, "values"):
+        for item in value.values():
+            yield from _tensors(item)
+
+
+class GroupedProducts(TorchDispatchMode):
+    """Lets fake grouped products (mixtures of experts) take the dtypes that the real kernels take.
+
+    The shape function of `aten._grouped_mm` refuses all but bfloat16.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._grouped_mm.default and isinstance(args[0], FakeTensor):
+            a, b = args[:2]
+            if a.dim() == b.dim() == 2:
+                offsets = args[2] if len(args) > 2 else (kwargs or {})["offs"]
+                return a.new_empty(offsets.shape[0], a.shape[0], b.shape[1])
+            return a.new_empty(*a.shape[:-1], b.shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
+class FusedAttention(TorchFunctionMode):
+    """Attention as the one fused operator of a GPU, for planning without one: it saves q, k, v, out and logsumexp."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name.split(".")[0] == "scaled_dot_product_attention":
+            return _fused_attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _fused_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    if attn_mask is None and query.dtype in (torch.float16, torch.bfloat16):
+        return torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, dropout_p, is_causal, False, scale=scale
+        )[0]  # type: ignore[no-any-return]
+    if key.shape[1] != query.shape[1]:
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        value = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, float("-inf"))
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    return torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
+    )[0]  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def kernels_of(device: torch.device) -> Iterator[None]:
+    """The context in which fake operators behave as the kernels of `device` do."""
+    fused = device.type == "cuda" and not torch.cuda.is_available()
+    with GroupedProducts(), FusedAttention() if fused else contextlib.nullcontext():
+        yield

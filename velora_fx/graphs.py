@@ -1,0 +1,141 @@
+"""Captured graphs under the key that says which calls they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from velora_fx.arguments import unflatten
+from velora_fx.capture import Captured, capture
+from velora_fx.passes import PREPARE, run
+
+PRIMITIVES = (type(None), bool, int, float, str)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module: its arguments taken apart and the live state of the module."""
+
+    module: torch.nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    structure: Any
+    leaves: list[Any]
+    state: dict[str, torch.Tensor]
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The inputs of a graph: state first, then the tensors among the arguments."""
+        return [*self.state.values(), *(leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor))]
+
+
+@dataclass(eq=False)
+class RegionGraph:
+    """A prepared graph with its key; `gm` is None where capture failed, and `reason` says why.
+
+    `attributes` holds the plain attributes the forward read, as (module name, attribute, value).
+    """
+
+    key: tuple[Any, ...]
+    attributes: tuple[tuple[str, str, Any], ...]
+    captured: Captured | None
+    reason: str | None = None
+
+    @cached_property
+    def fits(self) -> Callable[[list[torch.Tensor]], bool]:
+        """The guards on input sizes as one function of the list of all inputs."""
+        guards = self.captured.guards if self.captured else ()
+        return eval(f"lambda ts: {' and '.join(guards) or True}", {"Mod": lambda a, b: a % b, "Max": max, "Min": min})  # type: ignore[no-any-return]
+
+    @property
+    def gm(self) -> GraphModule | None:
+        """The graph, or None."""
+        return self.captured.gm if self.captured else None
+
+    @cached_property
+    def text(self) -> tuple[Any, ...] | None:
+        """The graph as comparable text with all it depends on; None where it has constants or no graph."""
+        if self.captured is None or any(node.op == "get_attr" for node in self.captured.gm.graph.nodes):
+            return None
+        code = self.captured.gm.graph.python_code("self").src
+        captured = self.captured
+        state = tuple(captured.gm.meta["state"].items())
+        return code, state, captured.guards, captured.outputs, captured.constants, captured.slots
+
+    def result(self, outputs: tuple[Any, ...]) -> Any:
+        """The forward's result from the graph's outputs."""
+        assert self.captured is not None
+        leaves = list(self.captured.constants)
+        for slot, value in zip(self.captured.slots, outputs, strict=True):
+            leaves[slot] = value
+        return unflatten(self.captured.outputs, leaves)
+
+
+def key_of(call: Call) -> tuple[Any, ...]:
+    """What must be the same for a graph to stand for a call, sizes and plain attributes apart."""
+    return (
+        call.structure,
+        tuple([_describe(leaf) for leaf in call.leaves]),
+        tuple([(name, type(child), child.training) for name, child in call.module.named_modules()]),
+        tuple([(name, t.dtype, t.device.type, t.device.index, t.requires_grad) for name, t in call.state.items()]),
+        tuple([(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]),
+    )
+
+
+def _describe(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return ("tensor", leaf.dtype, leaf.device.type, leaf.device.index, leaf.dim())
+    return leaf if isinstance(leaf, (*PRIMITIVES, torch.dtype)) else str(leaf)
+
+
+def find_graph(graphs: Iterable[RegionGraph], call: Call, key: tuple[Any, ...], exact: bool) -> RegionGraph | None:
+    """The graph that stands for the call, if there is one; `exact` also compares attributes that are objects."""
+    for graph in graphs:
+        if graph.key == key and graph.fits(call.tensors) and _same_attributes(graph, call.module, exact):
+            return graph
+    return None
+
+
+def _same_attributes(graph: RegionGraph, module: torch.nn.Module, exact: bool) -> bool:
+    for name, attribute, value in graph.attributes:
+        if isinstance(value, PRIMITIVES):
+            if getattr(module.get_submodule(name), attribute) != value:
+                return False
+        elif exact and getattr(module.get_submodule(name), attribute) is not value:
+            return False
+    return True
+
+
+def merge_graph(graphs: Iterable[RegionGraph], new: RegionGraph) -> RegionGraph:
+    """An equal graph that was captured before, or the new one.
+
+    Attributes in which the two captures differed (the number of the layer, as a rule) turned out not to matter.
+    """
+    for graph in graphs:
+        if graph.key == new.key and graph.text is not None and graph.text == new.text:
+            graph.attributes = tuple(attribute for attribute in graph.attributes if attribute in new.attributes)
+            return graph
+    return new
+
+
+def make_graph(call: Call, key: tuple[Any, ...], forward: Callable[..., Any] | None = None) -> RegionGraph:
+    """Captures and prepares the graph of a call of `forward` (default: that of the module's class).
+
+    A failure becomes a graph without `gm`.
+    """
+    try:
+        captured = capture(call.module, call.args, call.kwargs, forward)
+        run(captured.gm, PREPARE)
+    except Exception as error:
+        return RegionGraph(key, (), None, str(error))
+    attributes = tuple(
+        (name, attribute, vars(call.module.get_submodule(name))[attribute])
+        for name, attribute in sorted(captured.reads)
+        if attribute != "training" and attribute in vars(call.module.get_submodule(name))
+    )
+    return RegionGraph(key, attributes, captured)

@@ -1,0 +1,78 @@
+"""Puts regions into a model and takes them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from velora_fx.candidates import Candidate, full_name
+from velora_fx.graphs import RegionGraph
+from velora_fx.passes.swap import Choice
+from velora_fx.probe import Findings
+from velora_fx.projection import sign_projection
+from velora_fx.region import Region, rewritten
+
+
+@dataclass(frozen=True)
+class RegionPlan:
+    """What to install on one region: its prepared graphs, the choice for each consumer, and each tensor's width."""
+
+    graphs: tuple[RegionGraph, ...]
+    choices: Mapping[str, Choice]
+    widths: Mapping[str, int]
+
+
+def region_plans(
+    findings: Findings, candidates: Iterable[Candidate], sizes: Mapping[tuple[str, str], int]
+) -> dict[str, RegionPlan]:
+    """The regions to install where `sizes` gives the sub-token size of each compressed candidate by its key."""
+    choices: dict[str, dict[str, Choice]] = {}
+    widths: dict[str, dict[str, int]] = {}
+    for candidate in candidates:
+        size = sizes.get(candidate.key)
+        if size is None:
+            continue
+        for saving in candidate.savings:
+            own = next(s for s in candidate.savings if s.region == saving.region)
+            tensor = full_name(own.consumer or "", "input")
+            assert saving.consumer is not None
+            choices.setdefault(saving.region, {})[saving.consumer] = Choice(tensor, size)
+            widths.setdefault(saving.region, {})[tensor] = saving.shape[-1]
+    return {
+        name: RegionPlan(tuple(findings.graphs[name]), choices[name], widths[name])
+        for name in findings.graphs
+        if name in choices
+    }
+
+
+def install(model: torch.nn.Module, plans: Mapping[str, RegionPlan], seed: int) -> list[Region]:
+    """Installs the regions; those with the same graphs and choices share their rewritten graphs."""
+    shared: dict[tuple[object, ...], list[RegionGraph]] = {}
+    regions = []
+    for name, plan in plans.items():
+        block = model.get_submodule(name)
+        key = (*(id(graph) for graph in plan.graphs), *plan.choices.items())
+        if key not in shared:
+            shared[key] = [rewritten(graph, plan.choices) for graph in plan.graphs]
+        dtype = torch.promote_types(torch.float32, next(block.parameters()).dtype)
+        projections = {
+            choice.tensor: sign_projection(
+                seed, name, choice.tensor, plan.widths[choice.tensor] // choice.sub_token_size, choice.sub_token_size,
+                dtype,
+            )
+            for choice in plan.choices.values()
+        }  # fmt: skip
+        region = Region(name, block, plan.choices, projections, shared[key])
+        region.install()
+        regions.append(region)
+    return regions
+
+
+def uninstall(model: torch.nn.Module) -> None:
+    """Takes every region out of the model."""
+    for module in model.modules():
+        region = vars(module).get("forward")
+        if isinstance(region, Region):
+            region.remove()

@@ -1,0 +1,82 @@
+"""What the caller may ask for, checked once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+GIB = 2**30
+PROJECTIONS = ("signs", "batch_mean")
+TARGETS = ("eager",)
+GRADIENTS = ("dense",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The keyword arguments of `optimize` and `plan` besides model, budget and inputs; they are described there.
+
+    Raises ValueError for a value that is not allowed.
+    """
+
+    optimizer: Any = "adamw"
+    target: str = "eager"
+    gradients: str = "dense"
+    projection: str = "signs"
+    sub_token_sizes: Sequence[int] | None = None
+    filter_fn: Callable[[torch.nn.Module, str], bool] | None = None
+    loss_fn: Callable[[Any], torch.Tensor] | None = None
+    device: str | torch.device | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("target", self.target, TARGETS)
+        _one_of("gradients", self.gradients, GRADIENTS)
+        _one_of("projection", self.projection, PROJECTIONS)
+        sizes = self.sub_token_sizes
+        if sizes is not None and (
+            isinstance(sizes, (str, int)) or not sizes or any(type(size) is not int or size < 2 for size in sizes)
+        ):
+            raise ValueError(f"sub_token_sizes must be integers of at least 2, for example (16, 32), got {sizes!r}")
+        if type(self.seed) is not int:
+            raise ValueError(f"seed must be an integer, got {self.seed!r}")
+        if self.device is not None:
+            try:
+                kind = torch.device(self.device).type
+            except RuntimeError as error:
+                raise ValueError(f"device must be 'cpu' or 'cuda', got {self.device!r}") from error
+            _one_of("device", kind, ("cpu", "cuda"))
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
+
+
+def budget_bytes_of(budget_gb: Any, device: torch.device) -> int:
+    """Bytes of a budget in GiB, or of "device": all memory the device has.
+
+    Raises ValueError for a budget that is not a positive finite number.
+    """
+    if budget_gb == "device":
+        if device.type != "cuda" or not torch.cuda.is_available():
+            raise ValueError(f'budget_gb="device" needs a CUDA device, and the model is planned for {device.type}')
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if isinstance(budget_gb, bool) or not isinstance(budget_gb, (int, float)):
+        raise ValueError(f'budget_gb must be a number of GiB or "device", got {budget_gb!r}')
+    if not math.isfinite(budget_gb) or budget_gb <= 0:
+        raise ValueError(f"budget_gb must be a positive number of GiB, got {budget_gb!r}")
+    return int(budget_gb * GIB)
+
+
+def planning_device(model: torch.nn.Module, options: Options) -> torch.device:
+    """The device that is planned for: the one asked for, else the model's own (CPU for a meta model)."""
+    if options.device is not None:
+        return torch.device(options.device)
+    first = next(model.parameters(), None)
+    if first is None or first.device.type not in ("cpu", "cuda"):
+        return torch.device("cpu")
+    return first.device

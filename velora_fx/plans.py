@@ -1,0 +1,121 @@
+"""The plan: what is kept, what is compressed, and the memory of a step before and after."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from velora_fx.report import render
+from velora_fx.timeline import Peak
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one saved tensor that only weight gradients need.
+
+    `consumers` are the dotted names of the linears that save it; `bytes_before` and `bytes_after` what is held for
+    backward without and with this decision.
+    """
+
+    region: str
+    tensor: str
+    consumers: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    action: Literal["keep", "compress"]
+    sub_token_size: int | None
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A module whose weight is trained by a matrix product that is left as it is, and why."""
+
+    module: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan for one training step of a model; print it for the report.
+
+    `budget_bytes` is what was asked for, None if nothing was; `overhead_bytes` what the device holds besides the
+    tensors. `baseline` and `planned` are the simulated peaks of the untouched and of the planned model, in bytes of
+    tensors plus overhead.
+    """
+
+    model: str
+    target: str
+    device: str
+    optimizer: str
+    budget_bytes: int | None
+    overhead_bytes: int
+    baseline: Peak
+    planned: Peak
+    decisions: tuple[Decision, ...]
+    skipped: tuple[Skipped, ...]
+    notes: tuple[str, ...]
+    projection: str
+    seed: int
+
+    @property
+    def fits(self) -> bool:
+        """True if the planned peak is within the budget."""
+        return self.budget_bytes is None or self.planned.peak_bytes <= self.budget_bytes
+
+    @property
+    def compressed(self) -> tuple[Decision, ...]:
+        """The decisions to compress."""
+        return tuple(decision for decision in self.decisions if decision.action == "compress")
+
+    def __str__(self) -> str:
+        return render(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data, in the schema of `tools/plan.py --json`."""
+        return {"schema": SCHEMA, **asdict(self), "fits": self.fits}
+
+    def to_json(self) -> str:
+        """The plan as one JSON object; `from_json` reads it back."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """The inverse of `to_dict`; raises ValueError for another schema."""
+        if data.get("schema") != SCHEMA:
+            raise ValueError(f"a plan of schema {SCHEMA} is needed, got schema {data.get('schema')!r}")
+        fields = {name: value for name, value in data.items() if name not in ("schema", "fits")}
+        fields["baseline"], fields["planned"] = Peak(**data["baseline"]), Peak(**data["planned"])
+        fields["decisions"] = tuple(
+            Decision(**{**item, "consumers": tuple(item["consumers"]), "shape": tuple(item["shape"])})
+            for item in data["decisions"]
+        )
+        fields["skipped"] = tuple(Skipped(**item) for item in data["skipped"])
+        fields["notes"] = tuple(data["notes"])
+        return cls(**fields)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The inverse of `to_json`; raises ValueError for text that is no plan."""
+        return cls.from_dict(json.loads(text))
+
+    def named(self, model: str) -> Plan:
+        """The same plan under another model name."""
+        return replace(self, model=model)
+
+
+class BudgetError(ValueError):
+    """A budget that no plan meets; `smallest_peak_bytes` is the least reachable, `plan` the plan that reaches it."""
+
+    def __init__(self, message: str, plan: Plan) -> None:
+        super().__init__(message)
+        self.plan = plan
+        self.smallest_peak_bytes = plan.planned.peak_bytes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.args[0], self.plan)

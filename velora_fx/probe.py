@@ -1,0 +1,112 @@
+"""A trial step that captures every region of a fake model and records what backward keeps of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from velora_fx.graphs import RegionGraph, find_graph, key_of, make_graph, merge_graph
+from velora_fx.passes.find_products import find_products
+from velora_fx.passes.saved_tensors import Saving, SavedTensors
+from velora_fx.region import make_call
+from velora_fx.regions import child_regions, find_regions
+from velora_fx.timeline import Timeline
+from velora_fx.tracker import Tracker
+
+
+@dataclass(frozen=True)
+class Use:
+    """One product of the model with a trainable parameter: where it is, and why it cannot be compressed (or None)."""
+
+    region: str
+    consumer: str
+    parameter: str
+    reason: str | None
+
+
+@dataclass
+class Findings:
+    """What the trial step found: the graphs of each region by its name, products, failures, and saved tensors."""
+
+    graphs: dict[str, list[RegionGraph]] = field(default_factory=dict)
+    uses: dict[tuple[str, str], Use] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+    savings: tuple[Saving, ...] = ()
+    last_uses: dict[int, int] = field(default_factory=dict)
+    timeline: Timeline | None = None
+
+
+def probe(
+    model: torch.nn.Module,
+    run_step: Callable[[torch.nn.Module, Tracker], Timeline],
+    tracker: Tracker,
+    progress: Callable[[str], None],
+) -> Findings:
+    """Runs `run_step(model, tracker)` with every region captured; a region that fails is tried again by its parts."""
+    findings = Findings()
+    saved = SavedTensors(tracker)
+    library: list[RegionGraph] = []
+
+    def observe(name: str, block: torch.nn.Module) -> None:
+        if "forward" not in vars(block):
+            block.forward = _Probe(name, block, findings, saved, library, observe, progress)
+
+    for name, block in find_regions(model).items():
+        findings.calls[name] = 0
+        observe(name, block)
+    with saved.on():
+        findings.timeline = run_step(model, tracker)
+    findings.savings = tuple(saved.savings)
+    findings.last_uses = saved.last_uses
+    return findings
+
+
+@dataclass
+class _Probe:
+    name: str
+    block: torch.nn.Module
+    findings: Findings
+    saved: SavedTensors
+    library: list[RegionGraph]
+    observe: Callable[[str, torch.nn.Module], None]
+    progress: Callable[[str], None]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.findings.calls[self.name] = self.findings.calls.get(self.name, 0) + 1
+        graph, inputs = self.graph_and_inputs(args, kwargs)
+        if graph.gm is None:
+            self.fall_back(graph)
+            return type(self.block).forward(self.block, *args, **kwargs)
+        return graph.result(self.saved.run(graph.gm, self.name, inputs))
+
+    def graph_and_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[RegionGraph, list[Any]]:
+        call = make_call(self.block, args, kwargs)
+        key = key_of(call)
+        graph = find_graph(self.library, call, key, exact=True)
+        if graph is None:
+            self.progress(self.name or "the model")
+            graph = merge_graph(self.library, make_graph(call, key))
+            if graph not in self.library:
+                self.library.append(graph)
+        graphs = self.findings.graphs.setdefault(self.name, [])
+        if graph not in graphs and graph.gm is not None:
+            graphs.append(graph)
+            self.note_products(graph, call.state)
+        return graph, call.tensors
+
+    def note_products(self, graph: RegionGraph, state: dict[str, torch.Tensor]) -> None:
+        assert graph.gm is not None
+        for product in find_products(graph.gm):
+            if state[product.parameter].requires_grad:
+                use = Use(self.name, product.consumer, product.parameter, product.reason)
+                self.findings.uses.setdefault((self.name, product.consumer), use)
+
+    def fall_back(self, graph: RegionGraph) -> None:
+        """Observes the parts of a module that cannot be captured, keeping the reason."""
+        self.findings.failures.setdefault(self.name, graph.reason or "")
+        for name, child in child_regions(self.block, self.name).items():
+            self.observe(name, child)

@@ -1,0 +1,164 @@
+"""A region of a model: stands in for the forward of a module and runs its rewritten graph."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from velora_fx.arguments import flatten, without_empty_caches
+from velora_fx.capture import Captured, state_of
+from velora_fx.graphs import Call, RegionGraph, find_graph, key_of, make_graph
+from velora_fx.passes import run
+from velora_fx.passes.find_products import find_products
+from velora_fx.passes.swap import Choice, swap
+
+MAX_GRAPHS = 8
+
+
+class Region:
+    """Callable that is installed as the `forward` of `block`, with the signature of the original.
+
+    In training it runs the rewritten graph that stands for the call; in `eval()`, under `no_grad`, under
+    `torch.func`, with hooks on inner modules or with a filled cache it calls the original forward. A call that no
+    graph stands for is captured anew, up to MAX_GRAPHS graphs. `graphs` is shared by equal regions; `projections`
+    are CPU tensors, a copy of which follows the inputs to their device.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        block: torch.nn.Module,
+        choices: Mapping[str, Choice],
+        projections: Mapping[str, torch.Tensor],
+        graphs: list[RegionGraph],
+    ) -> None:
+        self.name = name
+        self.block = block
+        self.choices = dict(choices)
+        self.projections = dict(projections)
+        self.graphs = graphs
+        self.previous = vars(block).get("forward")
+        self.warned = False
+        self.placed = dict(projections)
+        self.__signature__ = inspect.signature(block.forward)
+
+    def install(self) -> None:
+        """Makes the region the forward of its block."""
+        self.block.forward = self
+
+    def remove(self) -> None:
+        """Gives the block its own forward back."""
+        if vars(self.block).get("forward") is self:
+            del self.block.forward
+            if self.previous is not None:
+                self.block.forward = self.previous
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward that the block had before."""
+        if self.previous is not None:
+            return self.previous(*args, **kwargs)
+        return type(self.block).forward(self.block, *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.block.training or not torch.is_grad_enabled() or _inside_torch_func() or _has_hooks(self.block):
+            return self.original(*args, **kwargs)
+        call = make_call(self.block, args, kwargs)
+        graph = self.graph_for(call)
+        if graph is None or graph.gm is None:
+            return self.original(*args, **kwargs)
+        return graph.result(graph.gm(*call.tensors, *self.placed_on(call.tensors[0].device)))
+
+    def graph_for(self, call: Call) -> RegionGraph | None:
+        """The graph that stands for the call; captured now if there is none yet and room for one more."""
+        key = key_of(call)
+        graph = find_graph(self.graphs, call, key, exact=False)
+        if graph is not None or torch.compiler.is_compiling():
+            return graph
+        if len(self.graphs) < MAX_GRAPHS:
+            graph = rewritten(make_graph(call, key, self.previous), self.choices)
+            self.graphs.append(graph)
+            if graph.reason is not None:
+                self.warn(f"runs its original forward, exactly: {graph.reason}")
+            return graph
+        self.warn(f"was called in more than {MAX_GRAPHS} different ways and runs its original forward for new ones")
+        return None
+
+    def warn(self, text: str) -> None:
+        """Warns, once a region."""
+        if not self.warned:
+            warnings.warn(f"velora_fx: {self.name or 'the model'} {text}", stacklevel=3)
+        self.warned = True
+
+    def set_projection(self, tensor: str, v: torch.Tensor) -> None:
+        """Replaces the projection of a tensor; raises ValueError for another shape."""
+        if v.shape != self.projections[tensor].shape:
+            raise ValueError(
+                f"the projection of {self.name}.{tensor} has shape {tuple(self.projections[tensor].shape)}, "
+                f"got {tuple(v.shape)}"
+            )
+        self.projections[tensor] = v.detach().to("cpu", copy=True)
+        self.placed = dict(self.projections)
+
+    def placed_on(self, device: torch.device) -> list[torch.Tensor]:
+        """The projections on a device; they stay there until another one is asked for."""
+        placed = list(self.placed.values())
+        if all(v.device == device for v in placed):
+            return placed
+        moved = {name: v.to(device) for name, v in self.projections.items()}
+        if not torch.compiler.is_compiling():
+            self.placed = moved
+        return list(moved.values())
+
+
+def make_call(block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """A call of a block as regions see it: empty caches are None."""
+    args, kwargs = without_empty_caches(args, kwargs, _layer_of(block))
+    structure, leaves = flatten((args, kwargs))
+    return Call(block, args, kwargs, structure, leaves, state_of(block))
+
+
+def _layer_of(block: torch.nn.Module) -> int:
+    """The block's slot in a cache, as Hugging Face models number them."""
+    return next((child.layer_idx for child in block.modules() if isinstance(vars(child).get("layer_idx"), int)), 0)
+
+
+def rewritten(graph: RegionGraph, choices: Mapping[str, Choice]) -> RegionGraph:
+    """A copy of a prepared graph with the choices put in; without `gm` if none of them applies to it."""
+    if graph.captured is None or graph.gm is None:
+        return graph
+    trainable = {name for name, *_, requires_grad in graph.key[3] if requires_grad}
+    wanted = {
+        product.consumer
+        for product in find_products(graph.gm)
+        if product.consumer in choices and product.parameter in trainable
+    }
+    if not wanted:
+        return RegionGraph(graph.key, graph.attributes, None)
+    gm = copy.deepcopy(graph.gm)
+    run(gm, [partial(swap, choices=choices)])
+    return RegionGraph(graph.key, graph.attributes, _with_graph(graph.captured, gm))
+
+
+def _with_graph(captured: Captured, gm: GraphModule) -> Captured:
+    return Captured(gm, captured.outputs, captured.constants, captured.slots, captured.guards, captured.reads)
+
+
+def _inside_torch_func() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _has_hooks(block: torch.nn.Module) -> bool:
+    """Hooks on modules inside the block, which a graph would not call."""
+    for module in block.modules():
+        if module is not block and (
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        ):
+            return True
+    return False

@@ -1,0 +1,79 @@
+"""Which modules of a model become regions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+def find_regions(model: nn.Module) -> dict[str, nn.Module]:
+    """Picks the modules to capture, by dotted name, in model order; the model itself has the name "".
+
+    Regions are the repeated blocks, and outside of them the smallest modules that own a trainable matrix; the whole
+    model where nothing repeats. A module without a trainable matrix is never a region.
+    """
+    blocks = dict(_blocks(model, ""))
+    if not blocks:
+        return {"": model} if has_trainable_matrix(model) else {}
+    regions = {**blocks, **dict(_owners(model, "", set(blocks)))}
+    order = {name: position for position, (name, _) in enumerate(model.named_modules())}
+    return dict(sorted(regions.items(), key=lambda item: order[item[0]]))
+
+
+def has_trainable_matrix(module: nn.Module, recurse: bool = True) -> bool:
+    """True if the module has a parameter that a matrix product may train; embeddings do not count."""
+    modules = module.modules() if recurse else [module]
+    return any(
+        parameter.requires_grad and parameter.dim() >= 2
+        for child in modules
+        if not isinstance(child, (nn.Embedding, nn.EmbeddingBag))
+        for parameter in child.parameters(recurse=False)
+    )
+
+
+def child_regions(module: nn.Module, name: str) -> dict[str, nn.Module]:
+    """The regions to try instead of a module that cannot be captured."""
+    regions: dict[str, nn.Module] = {}
+    for child_name, child in module.named_children():
+        full = f"{name}.{child_name}" if name else child_name
+        if isinstance(child, CONTAINERS):
+            regions.update(child_regions(child, full))
+        elif has_trainable_matrix(child):
+            regions[full] = child
+    return regions
+
+
+def _blocks(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    for child_name, child in module.named_children():
+        full = f"{name}.{child_name}" if name else child_name
+        items = list(child.children())
+        if isinstance(child, CONTAINERS) and items and _is_repeated(items):
+            for item_name, item in child.named_children():
+                if has_trainable_matrix(item):
+                    yield f"{full}.{item_name}", item
+        else:
+            yield from _blocks(child, full)
+
+
+def _is_repeated(items: list[nn.Module]) -> bool:
+    """A list of blocks: modules of one class that have parts of their own, two or more, or the only one."""
+    class_, count = Counter(type(item) for item in items).most_common(1)[0]
+    has_parts = any(True for item in items if type(item) is class_ for _ in item.children())
+    return has_parts and has_trainable_matrix(nn.ModuleList(items)) and (count >= 2 or len(items) == 1)
+
+
+def _owners(module: nn.Module, name: str, blocks: set[str]) -> Iterator[tuple[str, nn.Module]]:
+    for child_name, child in module.named_children():
+        full = f"{name}.{child_name}" if name else child_name
+        if full in blocks:
+            continue
+        holds_block = any(block.startswith(f"{full}.") for block in blocks)
+        if not holds_block and has_trainable_matrix(child, recurse=False):
+            yield full, child
+        else:
+            yield from _owners(child, full, blocks)

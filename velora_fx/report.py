@@ -1,0 +1,1 @@
+def render(plan): return repr(plan)

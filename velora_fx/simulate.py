@@ -1,0 +1,145 @@
+"""One training step of a fake model under the tracker."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from velora_fx.fake import kernels_of
+from velora_fx.timeline import Timeline
+from velora_fx.tracker import Tracker
+
+OptimizerFactory = Callable[[torch.nn.Module], torch.optim.Optimizer | None]
+ALLOCATOR_BLOCK_BYTES = {"cuda": 512}  # c10/core/AllocatorConfig.h: kMinBlockSize
+
+
+def simulate(
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    make_optimizer: OptimizerFactory,
+    loss_fn: Callable[[Any], torch.Tensor],
+    device: torch.device,
+    tracker: Tracker | None = None,
+) -> Timeline:
+    """Runs forward, loss, backward and optimizer step of a fake model, and returns memory over the step.
+
+    The step is one in the middle of training: the optimizer has its state, gradients were set to None before.
+    """
+    tracker = tracker or Tracker(ALLOCATOR_BLOCK_BYTES.get(device.type, 1))
+    optimizer = make_optimizer(model)
+    if optimizer is not None:
+        _prime(optimizer)
+        for state in optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, torch.Tensor):
+                    tracker.watch(value, "optimizer")
+    for parameter in model.parameters():
+        tracker.watch(parameter, "parameters")
+    for buffer in model.buffers():
+        tracker.watch(buffer, "buffers")
+    for value in [*args, *kwargs.values()]:
+        if isinstance(value, torch.Tensor):
+            tracker.watch(value, "activations")
+    before = set(tracker.live())
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), tracker, kernels_of(device):
+        tracker.mark("forward")
+        loss = loss_fn(model(*args, **kwargs))
+        tracker.mark("backward")
+        for storage in tracker.live():
+            if storage not in before:
+                tracker.categories[storage] = "activations"
+        loss.backward()  # type: ignore[no-untyped-call]
+        _label_gradients(model, tracker)
+        del loss
+        tracker.mark("optimizer step")
+        if optimizer is not None:
+            optimizer.step()
+    return tracker.timeline()
+
+
+def _prime(optimizer: torch.optim.Optimizer) -> None:
+    """Lets the optimizer make its state."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _label_gradients(model: torch.nn.Module, tracker: Tracker) -> None:
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            tracker.watch(parameter.grad, "gradients")
+
+
+def default_loss(output: Any) -> torch.Tensor:
+    """The loss of a model's output: its `loss`, or a stand-in that needs one gradient as large as each output."""
+    loss = output.get("loss") if hasattr(output, "get") else getattr(output, "loss", None)
+    if isinstance(loss, torch.Tensor):
+        return loss
+    tensors = [leaf for leaf in _leaves(output) if leaf.is_floating_point() and leaf.requires_grad]
+    if not tensors:
+        raise ValueError("the model's output has no loss and no tensor that requires a gradient: pass loss_fn")
+    if len(tensors) == 1 and tensors[0].dim() == 0:
+        return tensors[0]
+    return torch.stack([tensor.square().mean() for tensor in tensors]).sum()
+
+
+def _leaves(output: Any) -> list[torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        return [output]
+    if hasattr(output, "values"):
+        return [leaf for value in output.values() for leaf in _leaves(value)]
+    if isinstance(output, (tuple, list)):
+        return [leaf for value in output for leaf in _leaves(value)]
+    return []
+
+
+def optimizer_factory(optimizer: Any, model: torch.nn.Module, device: torch.device) -> OptimizerFactory:
+    """Reads the `optimizer` option: "adamw", "sgd", "none", an optimizer class, or an optimizer of the model.
+
+    The optimizer of a copy of the model is made from it; an instance is copied with its parameter groups and
+    settings. Raises ValueError for anything else, or for an instance with parameters that are not the model's.
+    """
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return _copy_of(optimizer, model)
+    classes: dict[str, Any] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+    if isinstance(optimizer, str) and optimizer == "none":
+        return lambda copied: None
+    if isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer):
+        return lambda copied: optimizer([p for p in copied.parameters() if p.requires_grad])  # type: ignore[call-arg]
+    if not isinstance(optimizer, str) or optimizer not in classes:
+        raise ValueError(
+            "optimizer must be 'adamw', 'sgd', 'none', a torch.optim.Optimizer class or an optimizer of the model, "
+            f"got {optimizer!r}"
+        )
+    # What PyTorch chooses by itself on a GPU, where the fake weights of a plan without one are CPU tensors.
+    foreach = {"foreach": True} if device.type == "cuda" else {}
+    return lambda copied: classes[optimizer]([p for p in copied.parameters() if p.requires_grad], **foreach)  # type: ignore[no-any-return]
+
+
+def _copy_of(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> OptimizerFactory:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    unknown = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in names]
+    if unknown:
+        raise ValueError(
+            f"the optimizer holds {len(unknown)} parameters that are not the model's: "
+            "make it from model.parameters(), or pass its class"
+        )
+
+    def make(copied: torch.nn.Module) -> torch.optim.Optimizer:
+        parameters = dict(copied.named_parameters())
+        groups = [
+            {**group, "params": [parameters[names[id(p)]] for p in group["params"]]} for group in optimizer.param_groups
+        ]
+        accepted = inspect.signature(type(optimizer)).parameters
+        defaults = {name: value for name, value in optimizer.defaults.items() if name in accepted}
+        return type(optimizer)(groups, **defaults)
+
+    return make
