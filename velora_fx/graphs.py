@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from velora_fx.arguments import unflatten
 from velora_fx.capture import Captured, capture
+from velora_fx.graph_data import graph_from_data, graph_to_data
 from velora_fx.passes import PREPARE, run
 
 PRIMITIVES = (type(None), bool, int, float, str)
@@ -46,18 +47,32 @@ class RegionGraph:
     captured: Captured | None
     reason: str | None = None
 
-    @cached_property
-    def fits(self) -> Callable[[list[torch.Tensor]], bool]:
-        """The guards on input sizes as one function of the list of all inputs."""
+    def __post_init__(self) -> None:
         guards = self.captured.guards if self.captured else ()
-        return eval(f"lambda ts: {' and '.join(guards) or True}", {"Mod": lambda a, b: a % b, "Max": max, "Min": min})  # type: ignore[no-any-return]
+        names = {"Mod": lambda a, b: a % b, "Max": max, "Min": min}
+        self.fits: Callable[[list[torch.Tensor]], bool] = eval(f"lambda ts: {' and '.join(guards) or True}", names)
+
+    def __getstate__(self) -> dict[str, Any]:
+        captured = self.captured
+        parts = None if captured is None else {**vars(captured), "gm": graph_to_data(captured.gm)}
+        return {"key": self.key, "attributes": self.attributes, "captured": parts, "reason": self.reason}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        parts = state["captured"]
+        captured = None if parts is None else Captured(**{**parts, "gm": graph_from_data(parts["gm"])})
+        self.__init__(state["key"], state["attributes"], captured, state["reason"])  # type: ignore[misc]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RegionGraph:
+        attributes = copy.deepcopy(self.attributes, memo)
+        memo[id(self)] = made = RegionGraph(self.key, attributes, self.captured, self.reason)
+        return made
 
     @property
     def gm(self) -> GraphModule | None:
         """The graph, or None."""
         return self.captured.gm if self.captured else None
 
-    @cached_property
+    @property
     def text(self) -> tuple[Any, ...] | None:
         """The graph as comparable text with all it depends on; None where it has constants or no graph."""
         if self.captured is None or any(node.op == "get_attr" for node in self.captured.gm.graph.nodes):

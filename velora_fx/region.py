@@ -6,14 +6,14 @@ import copy
 import inspect
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
 
 from velora_fx.arguments import flatten, without_empty_caches
-from velora_fx.capture import Captured, state_of
+from velora_fx.capture import state_of
 from velora_fx.graphs import Call, RegionGraph, find_graph, key_of, make_graph
 from velora_fx.passes import run
 from velora_fx.passes.find_products import find_products
@@ -143,11 +143,7 @@ def rewritten(graph: RegionGraph, choices: Mapping[str, Choice]) -> RegionGraph:
         return RegionGraph(graph.key, graph.attributes, None)
     gm = copy.deepcopy(graph.gm)
     run(gm, [partial(swap, choices=choices)])
-    return RegionGraph(graph.key, graph.attributes, _with_graph(graph.captured, gm))
-
-
-def _with_graph(captured: Captured, gm: GraphModule) -> Captured:
-    return Captured(gm, captured.outputs, captured.constants, captured.slots, captured.guards, captured.reads)
+    return RegionGraph(graph.key, graph.attributes, replace(graph.captured, gm=gm))
 
 
 def _inside_torch_func() -> bool:

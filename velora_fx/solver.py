@@ -75,8 +75,32 @@ def choose(items: Sequence[Item], moments: Sequence[Moment], budget_bytes: int) 
     if result.x is None:
         return None
     chosen = np.round(result.x).astype(int)
-    levels = tuple(int(chosen[starts[i] : starts[i + 1]].sum()) for i in range(len(items)))
-    return levels if all(m.bytes_at(items, levels) <= budget_bytes for m in binding) else None
+    levels = [int(chosen[starts[i] : starts[i + 1]].sum()) for i in range(len(items))]
+    if any(moment.bytes_at(items, levels) > budget_bytes for moment in binding):
+        return None
+    return _trimmed(items, binding, budget_bytes, levels)
+
+
+def _trimmed(
+    items: Sequence[Item], moments: Sequence[Moment], budget_bytes: int, levels: list[int]
+) -> tuple[int, ...]:
+    """Lowers every level that the budget does not need: the solver stops within a relative gap of the optimum."""
+    counts = [dict(moment.alive) for moment in moments]
+    slack = [budget_bytes - moment.bytes_at(items, levels) for moment in moments]
+    following: dict[Hashable, int] = {}
+    for index in reversed(range(len(items))):
+        item = items[index]
+        floor = following.get(item.group, 0)
+        while levels[index] > floor:
+            lower = levels[index] - 1
+            growth = item.savings[lower] - (item.savings[lower - 1] if lower else 0)
+            extra = [count.get(index, 0) * growth for count in counts]
+            if any(more > free for more, free in zip(extra, slack, strict=True)):
+                break
+            slack = [free - more for more, free in zip(extra, slack, strict=True)]
+            levels[index] = lower
+        following[item.group] = levels[index]
+    return tuple(levels)
 
 
 def _saving_row(items: Sequence[Item], moment: Moment, starts: np.ndarray) -> list[tuple[int, int]]:
