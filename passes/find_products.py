@@ -11,10 +11,7 @@ from torch.fx import GraphModule, Node
 from velora_fx.passes.canonicalize import parameter_of
 
 aten = torch.ops.aten
-OTHER_PRODUCTS = (
-    "addmm", "mm", "matmul", "bmm", "baddbmm", "addbmm", "einsum", "bilinear", "_grouped_mm", "conv1d", "conv2d",
-    "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
-)  # fmt: skip
+OTHER_PRODUCTS = ("mm", "matmul", "einsum", "bilinear", "conv")  # parts of the names: addmm, bmm, _grouped_mm, conv2d
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ def find_products(gm: GraphModule) -> tuple[Product, ...]:
         reason = _reason(node)
         if reason is None or "conv" in _operation(node):
             operands = [node.args[1]]
-        elif _operation(node) in OTHER_PRODUCTS:
+        elif any(part in _operation(node) for part in OTHER_PRODUCTS):
             operands = list(node.all_input_nodes)
         else:
             continue

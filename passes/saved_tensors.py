@@ -17,13 +17,14 @@ from velora_fx.tracker import Tracker
 
 @dataclass(frozen=True)
 class Saving:
-    """One tensor saved for backward: the number of its storage in the tracker, and who saves it.
+    """One tensor saved for backward: the number and size of its storage, and who saves it.
 
     `consumer` is set where a linear saves its input for the gradient of its weight, `x` is then the input's node
     name, `shape` and `dtype` those of the input; otherwise it is None and `operation` tells.
     """
 
     storage: int
+    num_bytes: int
     region: str
     operation: str
     consumer: str | None = None
@@ -73,8 +74,9 @@ class SavedTensors:
         return tensor.detach()
 
     def _saving(self, tensor: torch.Tensor, storage: int) -> Saving:
+        size = tensor.untyped_storage().nbytes()
         if self._current is None:
-            return Saving(storage, "", "an operation outside of the captured regions")
+            return Saving(storage, size, "", "an operation outside of the captured regions")
         region, node, consumer, operands = self._current
         operation = getattr(node.target, "__name__", str(node.target)).split(".")[0]
         operation = "attention" if "attention" in operation else operation
@@ -83,8 +85,8 @@ class SavedTensors:
             of_weight = storage == self.tracker.watch(weight) or not tensor.is_contiguous()
             if storage == self.tracker.watch(x) or not of_weight:
                 name = str(node.args[0])
-                return Saving(storage, region, operation, consumer, name, tuple(x.shape), x.dtype)
-        return Saving(storage, region, operation)
+                return Saving(storage, size, region, operation, consumer, name, tuple(x.shape), x.dtype)
+        return Saving(storage, size, region, operation)
 
 
 class _Recorder(Interpreter):

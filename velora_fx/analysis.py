@@ -11,7 +11,7 @@ import torch
 
 from velora_fx.candidates import Candidate, find_candidates, full_name
 from velora_fx.fake import fake_copy, fake_mode
-from velora_fx.installing import RegionPlan, install, region_plans, uninstall
+from velora_fx.installing import RegionPlan, install, region_plans
 from velora_fx.options import Options
 from velora_fx.overhead import overhead_bytes
 from velora_fx.plans import Skipped
@@ -19,6 +19,7 @@ from velora_fx.probe import Findings, Use, probe
 from velora_fx.regions import find_regions
 from velora_fx.simulate import default_loss, optimizer_factory, simulate
 from velora_fx.solver import Moment
+from velora_fx.stand_in import uninstall
 from velora_fx.timeline import Peak, Timeline
 from velora_fx.tracker import Tracker
 
@@ -96,6 +97,7 @@ def analyse(
         lambda name: parameters[name].numel(),
         lambda use: exclusion(model, parameters, use, options),
     )
+    _check_sizes(options, candidates, findings)
     moments = _moments(findings, candidates, overhead_bytes(device))
     return Analysis(findings, candidates, skipped, baseline, moments, simulate_plan)
 
@@ -116,6 +118,16 @@ def exclusion(
     if use.consumer == "" and parameter.shape == vocabulary:
         return "it is the output head over a vocabulary (filter_fn overrides)"
     return None
+
+
+def _check_sizes(options: Options, candidates: tuple[Candidate, ...], findings: Findings) -> None:
+    """Refuses sub-token sizes none of which divides the width of any input."""
+    widths = sorted({saving.shape[-1] for saving in findings.savings if saving.consumer is not None})
+    if options.sub_token_sizes is not None and not candidates and widths:
+        raise ValueError(
+            f"sub_token_sizes {tuple(options.sub_token_sizes)} divides none of the input widths "
+            f"{', '.join(map(str, widths))}: choose divisors of them"
+        )
 
 
 def _moments(findings: Findings, candidates: tuple[Candidate, ...], overhead: int) -> tuple[Moment, ...]:

@@ -12,17 +12,17 @@ import torch
 from velora_fx.analysis import analyse
 from velora_fx.arguments import example_call
 from velora_fx.calibrate import calibrate
-from velora_fx.first_forward import FirstForward, Request
-from velora_fx.installing import install, uninstall
+from velora_fx.first_forward import STATE, FirstForward, Request
+from velora_fx.installing import install
 from velora_fx.options import Options, budget_bytes_of, planning_device
 from velora_fx.planning import make_plan, sizes_of
 from velora_fx.plans import Plan
 from velora_fx.progress import planning_progress
 from velora_fx.region import Region
 from velora_fx.regions import find_regions
+from velora_fx.stand_in import uninstall
 
 Model = TypeVar("Model", bound=torch.nn.Module)
-STATE = "_velora_fx"
 
 
 @dataclass
@@ -143,9 +143,6 @@ def plan_of(model: torch.nn.Module) -> Plan:
 def restore(model: Model) -> Model:
     """Undoes `optimize`: every module gets its own forward back; a model that is not optimised stays as it is."""
     uninstall(model)
-    forward = vars(model).get("forward")
-    if isinstance(forward, FirstForward):
-        forward.remove()
     vars(model).pop(STATE, None)
     return model
 

@@ -31,10 +31,13 @@ def fake_tensor(tensor: torch.Tensor, mode: FakeTensorMode, device: torch.device
         where = torch.device("cpu")
     if not (tensor.is_floating_point() or tensor.is_complex() or isinstance(tensor, FakeTensor) or tensor.is_meta):
         return tensor.detach().to(where, copy=True)
-    with mode:
-        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=where)
     if isinstance(tensor, torch.nn.Parameter):
+        with mode:
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=where)
         return torch.nn.Parameter(fake, requires_grad=tensor.requires_grad)
+    with mode:  # a view holds all of its storage
+        whole = torch.empty(tensor.untyped_storage().nbytes() // tensor.itemsize, dtype=tensor.dtype, device=where)
+        fake = whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
     return fake.requires_grad_(tensor.requires_grad)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,9 @@ import torch
 
 from velora_fx.options import Options
 from velora_fx.plans import Plan
+from velora_fx.stand_in import StandIn
+
+STATE = "_velora_fx"
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Request:
     projections: Mapping[str, torch.Tensor]
 
 
-class FirstForward:
+class FirstForward(StandIn):
     """Stands in for a model's forward until the first call in training, plans for it, and steps aside."""
 
     def __init__(
@@ -33,36 +35,24 @@ class FirstForward:
         request: Request,
         apply: Callable[[torch.nn.Module, Request, tuple[Any, ...], dict[str, Any]], None],
     ) -> None:
-        self.model = model
+        super().__init__(model)
         self.request = request
         self.apply = apply
-        self.previous = vars(model).get("forward")
-        self.planned = False
-        self.__signature__ = inspect.signature(model.forward)
-
-    def install(self) -> None:
-        """Makes this the forward of the model."""
-        self.model.forward = self
+        self.waiting = True
 
     def remove(self) -> None:
-        """Gives the model its own forward back."""
-        if vars(self.model).get("forward") is self:
-            del self.model.forward
-            if self.previous is not None:
-                self.model.forward = self.previous
+        """Gives the model its own forward back; a wrapper that still calls this gets that forward too."""
+        self.waiting = False
+        super().remove()
 
     @torch.compiler.disable(
         reason="velora_fx plans at the first training forward, which cannot be compiled: pass example_inputs to "
         "velora_fx.optimize to use torch.compile(fullgraph=True) at once"
     )
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.planned and self.model.training and torch.is_grad_enabled():
-            self.apply(self.model, self.request, args, kwargs)
-            self.planned = True
-            self.remove()
-            own = vars(self.model).get("forward")
+        if self.waiting and self.block.training and torch.is_grad_enabled():
+            self.apply(self.block, self.request, args, kwargs)
+            own = vars(self.block).get("forward")
             if own is not None and own is not self.previous:
                 return own(*args, **kwargs)
-        if self.previous is not None:
-            return self.previous(*args, **kwargs)
-        return type(self.model).forward(self.model, *args, **kwargs)
+        return self.original(*args, **kwargs)

@@ -68,11 +68,3 @@ def install(model: torch.nn.Module, plans: Mapping[str, RegionPlan], seed: int) 
         region.install()
         regions.append(region)
     return regions
-
-
-def uninstall(model: torch.nn.Module) -> None:
-    """Takes every region out of the model."""
-    for module in model.modules():
-        region = vars(module).get("forward")
-        if isinstance(region, Region):
-            region.remove()

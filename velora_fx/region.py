@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,12 +17,13 @@ from velora_fx.graphs import Call, RegionGraph, find_graph, key_of, make_graph
 from velora_fx.passes import run
 from velora_fx.passes.find_products import find_products
 from velora_fx.passes.swap import Choice, swap
+from velora_fx.stand_in import StandIn
 
 MAX_GRAPHS = 8
 
 
-class Region:
-    """Callable that is installed as the `forward` of `block`, with the signature of the original.
+class Region(StandIn):
+    """The forward of a block that runs rewritten graphs.
 
     In training it runs the rewritten graph that stands for the call; in `eval()`, under `no_grad`, under
     `torch.func`, with hooks on inner modules or with a filled cache it calls the original forward. A call that no
@@ -39,32 +39,13 @@ class Region:
         projections: Mapping[str, torch.Tensor],
         graphs: list[RegionGraph],
     ) -> None:
+        super().__init__(block)
         self.name = name
-        self.block = block
         self.choices = dict(choices)
         self.projections = dict(projections)
-        self.graphs = graphs
-        self.previous = vars(block).get("forward")
-        self.warned = False
         self.placed = dict(projections)
-        self.__signature__ = inspect.signature(block.forward)
-
-    def install(self) -> None:
-        """Makes the region the forward of its block."""
-        self.block.forward = self
-
-    def remove(self) -> None:
-        """Gives the block its own forward back."""
-        if vars(self.block).get("forward") is self:
-            del self.block.forward
-            if self.previous is not None:
-                self.block.forward = self.previous
-
-    def original(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward that the block had before."""
-        if self.previous is not None:
-            return self.previous(*args, **kwargs)
-        return type(self.block).forward(self.block, *args, **kwargs)
+        self.graphs = graphs
+        self.warned = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.block.training or not torch.is_grad_enabled() or _inside_torch_func() or _has_hooks(self.block):
@@ -73,7 +54,12 @@ class Region:
         graph = self.graph_for(call)
         if graph is None or graph.gm is None:
             return self.original(*args, **kwargs)
-        return graph.result(graph.gm(*call.tensors, *self.placed_on(call.tensors[0].device)))
+        try:
+            outputs = graph.gm(*call.tensors, *self.placed_on(call.tensors[0].device))
+        except BaseException:
+            torch._C._set_grad_enabled(True)  # it may have been raised in a no_grad stretch of the graph
+            raise
+        return graph.result(outputs)
 
     def graph_for(self, call: Call) -> RegionGraph | None:
         """The graph that stands for the call; captured now if there is none yet and room for one more."""

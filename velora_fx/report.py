@@ -1,1 +1,190 @@
-def render(plan): return repr(plan)
+"""The plan as text for people."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from itertools import groupby, takewhile
+from math import prod
+from typing import TYPE_CHECKING
+
+from tabulate import tabulate
+
+if TYPE_CHECKING:
+    from velora_fx.plans import Decision, Plan
+
+# The number of a layer within a dotted name; the letter before it tells it from a decimal fraction.
+LAYER = re.compile(r"(?<=[A-Za-z_]\.)\d+")
+RANGES = re.compile(r"\d+[,-][\d,-]+")
+LAYERS = re.compile(r"(?<=[A-Za-z_]\.)[\d,-]+( x\d+)?")
+UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+Numbers = tuple[int, ...]
+
+
+def render(plan: Plan) -> str:
+    """The report of a plan: memory before and after, what is compressed, what is skipped and why."""
+    sections = [_header(plan), _memory(plan), _decisions(plan), _summary(plan)]
+    return "\n\n".join(section for section in sections if section)
+
+
+def _header(plan: Plan) -> str:
+    before, after = _bytes(plan.baseline.peak_bytes), _bytes(plan.planned.peak_bytes)
+    peaks = f"{before} -> {after}" if plan.compressed else before
+    lines = [
+        ("model", plan.model),
+        ("step", f"{plan.target} on {plan.device}, optimizer {plan.optimizer}"),
+        ("budget", "none given" if plan.budget_bytes is None else _bytes(plan.budget_bytes)),
+        ("predicted peak", f"{peaks}, at the {plan.planned.moment}"),
+    ]
+    if plan.budget_bytes is not None:
+        margin = _bytes(abs(plan.budget_bytes - plan.planned.peak_bytes))
+        if plan.fits:
+            lines.append(("verdict", f"fits, {margin} to spare"))
+        else:
+            lines.append(("verdict", f"DOES NOT FIT: the smallest reachable peak is {after}, {margin} over the budget"))
+    if plan.compressed:
+        count = sum(len(decision.consumers) for decision in plan.compressed)
+        lines.append(("approximate", f"gradients of {count} weights (projection {plan.projection}, seed {plan.seed})"))
+    return tabulate(lines, tablefmt="plain", disable_numparse=True)
+
+
+def _memory(plan: Plan) -> str:
+    before, after = plan.baseline, plan.planned
+    rows = [(name, size, after.breakdown.get(name, 0)) for name, size in before.breakdown.items()]
+    if plan.overhead_bytes:
+        rows.append(("overhead", plan.overhead_bytes, plan.overhead_bytes))
+    rows.append(("total", before.peak_bytes, after.peak_bytes))
+    columns = 3 if plan.compressed else 2
+    headers = ("at the peak", "before", "after") if plan.compressed else ("at the peak", "bytes")
+    cells = [(name, _bytes(old), _bytes(new))[:columns] for name, old, new in rows]
+    return tabulate(cells, headers, colalign=("left", "right", "right")[:columns], disable_numparse=True)
+
+
+def _decisions(plan: Plan) -> str:
+    """One line for each group of equal decisions; layers that are treated differently get lines of their own."""
+    rows = []
+    for text, count in collapse("\t".join(_cells(decision)) for decision in plan.decisions):
+        where, *cells, before, after = text.split("\t")
+        where = where if count == 1 else f"{where} x{count}"
+        rows.append((where, *cells, _bytes(int(before) * count), _bytes(int(after) * count)))
+    tensors = [(LAYERS.sub("", where), *same) for where, *same, _, _, _ in rows]
+    rows = [row for tensor in dict.fromkeys(tensors) for row, own in zip(rows, tensors, strict=True) if own == tensor]
+    headers = ("where", "input of", "shape", "dtype", "action", "saved before", "after")
+    align = ("left",) * 5 + ("right",) * 2
+    return tabulate(rows, headers, colalign=align, disable_numparse=True) if rows else ""
+
+
+def _cells(decision: Decision) -> tuple[str, ...]:
+    where, consumers = _place(decision.region, decision.consumers)
+    shape = " x ".join(map(str, decision.shape))
+    action = "keep" if decision.sub_token_size is None else f"compress M={decision.sub_token_size}"
+    return where, consumers, shape, decision.dtype, action, str(decision.bytes_before), str(decision.bytes_after)
+
+
+def _place(region: str, consumers: Sequence[str]) -> tuple[str, str]:
+    """The region and the names of the consumers in it; for consumers in several regions what those have in common."""
+    if not region:
+        return "the model", compact(consumers)
+    if all(name == region or name.startswith(f"{region}.") for name in consumers):
+        return region, compact([name[len(region) + 1 :] or "itself" for name in consumers])
+    names = [text for text, _ in collapse(consumers)]
+    shared = _shared([name.split(".")[:-1] for name in names])
+    layers = [place for place, part in enumerate(shared) if RANGES.fullmatch(part)]
+    where = ".".join(shared[: layers[-1] + 1] if layers else shared)
+    return where or "the model", compact([name[len(where) + 1 :] if where else name for name in names])
+
+
+def _summary(plan: Plan) -> str:
+    compressed = sum(len(decision.consumers) for decision in plan.compressed)
+    total = sum(len(decision.consumers) for decision in plan.decisions) + len(plan.skipped)
+    lines = [f"compressed {compressed} of {total} matmul inputs; skipped:{'' if plan.skipped else ' none'}"]
+    texts = (f"{skipped.module}\t{_relative(skipped.reason, skipped.module)}" for skipped in plan.skipped)
+    places: dict[tuple[str, str], list[tuple[str, int]]] = {}
+    for text, count in collapse(texts):
+        module, reason = text.split("\t")
+        places.setdefault((module.rpartition(".")[0], reason), []).append((module, count))
+    for (_, reason), modules in places.items():
+        count = sum(size for _, size in modules)
+        where = compact([module for module, _ in modules]) or "the model"
+        lines.append(f"  {where}{f' x{count}' if count > 1 else ''}: {reason}")
+    lines += [f"note: {text}" for text, _ in collapse(plan.notes)]
+    return "\n".join(lines)
+
+
+def _relative(reason: str, module: str) -> str:
+    """The reason with the names of the module's own layer made relative to the layer."""
+    layer = LAYER.split(module)
+    return reason.replace(module[: len(module) - len(layer[-1])] + ".", "") if len(layer) > 1 else reason
+
+
+def compact(names: Sequence[str]) -> str:
+    """Dotted names in short form: `a.q_proj`, `a.k_proj`, `b` become "a.{q,k}_proj, b"."""
+    parts = []
+    for parent, group in groupby((text for text, _ in collapse(names)), lambda name: name.rpartition(".")[0]):
+        leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in group))
+        parts.append(f"{parent}.{_braces(leaves)}" if parent else _braces(leaves))
+    return ", ".join(parts)
+
+
+def _braces(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return names[0]
+    ending = "".join(_shared([name[::-1] for name in names]))[::-1]
+    ending = ending[ending.index("_") :] if "_" in ending else ""
+    stems = [name.removesuffix(ending) for name in names]
+    if not all(stems):
+        return f"{{{','.join(names)}}}"
+    return f"{{{','.join(stems)}}}{ending}"
+
+
+def _shared(sequences: Sequence[Sequence[str]]) -> list[str]:
+    """What all sequences begin with."""
+    return [items[0] for items in takewhile(lambda items: len(set(items)) == 1, zip(*sequences, strict=False))]
+
+
+def collapse(texts: Iterable[str]) -> list[tuple[str, int]]:
+    """Merges texts that differ only in layer numbers, in first-seen order, each with the number of texts in it.
+
+    "h.0.fc" to "h.3.fc" become ("h.0-3.fc", 4).
+    """
+    found: dict[tuple[str, ...], list[Numbers]] = {}
+    for text in dict.fromkeys(texts):
+        found.setdefault(tuple(LAYER.split(text)), []).append(tuple(map(int, LAYER.findall(text))))
+    merged = []
+    for (start, *rest), numbers in found.items():
+        for box, count in _boxes(numbers):
+            layers = (_ranges(values) + part for values, part in zip(box, rest, strict=True))
+            merged.append((start + "".join(layers), count))
+    return merged
+
+
+def _boxes(numbers: Sequence[Numbers]) -> list[tuple[list[Numbers], int]]:
+    """Covers tuples of numbers by products of sets, each with the number of tuples in it.
+
+    Places that always hold the same number (a text that names its layer twice) vary together.
+    """
+    columns = list(zip(*numbers, strict=True))
+    first = [columns.index(column) for column in columns]
+    free = sorted(set(first))
+    boxes: list[tuple[Numbers, ...]] = [tuple((values[place],) for place in free) for values in numbers]
+    for place in reversed(range(len(free))):
+        groups: dict[tuple[Numbers, ...], set[int]] = {}
+        for box in boxes:
+            groups.setdefault((*box[:place], *box[place + 1 :]), set()).update(box[place])
+        boxes = [(*rest[:place], tuple(sorted(values)), *rest[place:]) for rest, values in groups.items()]
+    return [([box[free.index(place)] for place in first], prod(map(len, box))) for box in boxes]
+
+
+def _ranges(numbers: Numbers) -> str:
+    """Sorted numbers as ranges: "0-5,7"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _bytes(size: int) -> str:
+    return next((f"{size / unit:.2f} {name}" for unit, name in UNITS if size >= unit), f"{size} B")

@@ -1,0 +1,138 @@
+"""Predicted peaks against the real CPU allocator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+import velora_fx
+from torch import nn
+
+from tests.allocator import peak_of, tensor_bytes
+from tests.gradients import tightest
+
+
+def llama() -> nn.Module:
+    sizes = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3, "num_attention_heads": 4}
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=128))
+
+
+def gpt2() -> nn.Module:
+    return hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=64, n_layer=3, n_head=4, vocab_size=128, bos_token_id=0, eos_token_id=0))
+
+
+def bert() -> nn.Module:
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+    return hf.BertForSequenceClassification(hf.BertConfig(**sizes, vocab_size=128))
+
+
+def batch_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    ids = torch.randint(4, 128, (8, 256), generator=torch.Generator().manual_seed(0))
+    is_classifier = isinstance(model, hf.BertForSequenceClassification)
+    return {"input_ids": ids, "labels": torch.zeros(8, dtype=torch.long) if is_classifier else ids}
+
+
+def measured_peak(model: nn.Module, batch: dict[str, torch.Tensor], autocast: bool = False) -> int:
+    """Peak bytes of the second training step on the real allocator."""
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+
+    step()
+    optimizer.zero_grad()
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    return tensor_bytes([*model.parameters(), *model.buffers(), *states, *batch.values()]) + peak_of(step)
+
+
+@pytest.fixture(scope="module", params=[llama, gpt2, bert], ids=lambda make: make.__name__)
+def ends(request: pytest.FixtureRequest) -> tuple[Any, velora_fx.Plan]:
+    torch.manual_seed(0)
+    model = request.param().train()
+    return request.param, tightest(model, batch_of(model))
+
+
+def test_activations_dominate_these_models(ends: tuple[Any, velora_fx.Plan]) -> None:
+    baseline = ends[1].baseline
+    assert baseline.breakdown["activations"] > 4 * baseline.breakdown["parameters"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.75, 1.0])
+def test_the_predicted_peak_is_the_allocators_and_within_the_budget(
+    ends: tuple[Any, velora_fx.Plan], share: float
+) -> None:
+    make, tight = ends
+    smallest, baseline = tight.planned.peak_bytes, tight.baseline.peak_bytes
+    budget = smallest + share * (baseline - smallest)
+    torch.manual_seed(0)
+    model = make().train()
+    velora_fx.optimize(model, (budget + 1) / 2**30, batch_of(model))
+    plan = velora_fx.plan_of(model)
+    measured = measured_peak(model, batch_of(model))
+    assert bool(plan.compressed) == (share < 1)
+    assert abs(plan.planned.peak_bytes - measured) <= 0.05 * measured
+    assert measured <= budget * 1.002
+    assert plan.planned.peak_bytes < baseline or share == 1
+
+
+def test_autocasts_copies_of_activations_and_weights_are_counted() -> None:
+    torch.manual_seed(0)
+    model = llama().train()
+    batch = batch_of(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tight = tightest(model, batch)
+        budget = (tight.planned.peak_bytes + tight.baseline.peak_bytes) / 2
+        velora_fx.optimize(model, budget / 2**30, batch)
+    plan = velora_fx.plan_of(model)
+    measured = measured_peak(model, batch, autocast=True)
+    assert plan.compressed
+    assert abs(plan.planned.peak_bytes - measured) <= 0.05 * measured
+    consumers = {decision.consumers for decision in plan.decisions}
+    assert ("model.layers.0.self_attn.q_proj",) in consumers  # each linear saves a cast copy of its own
+
+
+def test_the_o_proj_input_is_reported_as_saved_by_attention_and_is_a_candidate_under_attention_dropout_on_cpu() -> None:
+    model = llama().train()
+    reasons = {skipped.module: skipped.reason for skipped in tightest(model, batch_of(model)).skipped}
+    assert reasons["model.layers.0.self_attn.o_proj"] == "input also saved by attention"
+    model = bert().train()
+    consumers = {c for decision in tightest(model, batch_of(model)).decisions for c in decision.consumers}
+    assert "bert.encoder.layer.0.attention.output.dense" in consumers
+
+
+def test_inside_checkpointed_blocks_nothing_is_compressed_and_the_plan_says_why() -> None:
+    model = llama().train()
+    model.gradient_checkpointing_enable()
+    plan = tightest(model, batch_of(model))
+    assert not [d for d in plan.decisions if d.region.startswith("model.layers")]
+    reasons = {skipped.module: skipped.reason for skipped in plan.skipped}
+    assert "recomputed" in reasons["model.layers.0.mlp.up_proj"]
+    measured = measured_peak(model, batch_of(model))
+    assert abs(plan.baseline.peak_bytes - measured) <= 0.05 * measured
+
+
+def test_at_the_optimizer_step_the_report_says_that_activations_do_not_matter() -> None:
+    model = llama().train()
+    batch = {name: value[:1, :8] for name, value in batch_of(model).items()}
+    plan = tightest(model, batch)
+    assert plan.planned.moment == "optimizer step"
+    assert "compressing activations does not lower it" in str(plan)
+
+
+def test_planning_for_cuda_without_a_gpu_takes_attention_as_one_operator() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    model = bert().train()
+    cpu = tightest(model, batch_of(model))
+    cuda = tightest(model, batch_of(model), device="cuda")
+    scores = 8 * 4 * 256 * 256 * 4  # one [B, H, T, T] tensor, which attention with dropout keeps on the CPU
+    assert cpu.baseline.breakdown["activations"] - cuda.baseline.breakdown["activations"] > 3 * scores
+    assert cuda.overhead_bytes > 0 == cpu.overhead_bytes
+    reasons = {skipped.module: skipped.reason for skipped in cuda.skipped}
+    assert reasons["bert.encoder.layer.0.attention.output.dense"] == "input also saved by attention"

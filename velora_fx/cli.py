@@ -1,0 +1,203 @@
+"""The command line: plans a training step from a model's shape alone."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import torch
+
+from velora_fx import presets
+from velora_fx.analysis import Analysis, analyse
+from velora_fx.arguments import example_call
+from velora_fx.options import GIB, GRADIENTS, PROJECTIONS, TARGETS, Options, budget_bytes_of
+from velora_fx.planning import make_plan
+from velora_fx.plans import BudgetError, Plan
+from velora_fx.progress import planning_progress
+
+FITS, DOES_NOT_FIT, BAD_INPUT, FAILED = 0, 1, 2, 3
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+DESCRIPTION = """\
+Predict the peak memory of one training step, and plan which activations to compress so that it fits a budget.
+
+Nothing is trained or downloaded besides a config: the model is made without its weights, so a laptop can plan for a
+large GPU. The plan is the one that velora_fx.optimize would make for the same model, inputs and options."""
+
+EPILOG = f"""\
+models:
+  a preset            {", ".join(presets.PRESETS)}
+  a config            config.json, a folder that holds one, or a hub id (owner/name)
+  your own            package.module:factory; factory() runs under torch.device("meta") and returns a model, or
+                      (model, example_inputs) as velora_fx.plan takes them; import it from the current folder
+
+examples:
+  What does a step of Llama 7B need, and how far can compression take it?
+    velora-plan --model llama-7b --batch-size 4 --seq-len 2048 --optimizer sgd
+
+  The same step within 56 GiB: what has to be compressed?
+    velora-plan --model llama-7b --batch-size 4 --seq-len 2048 --optimizer sgd --budget-gb 56
+
+  For scripts: one JSON object on stdout, and the answer as the exit code.
+    velora-plan --model gpt2-xl --batch-size 8 --budget-gb 40 --json > plan.json
+
+  A model of your own, in float32 on CPU.
+    velora-plan --model my_package.models:make_classifier --dtype float32 --device cpu --budget-gb 2
+
+exit codes: 0 the step fits (or no budget was given), 1 no plan fits: the tightest one is printed, 2 bad input,
+            3 an unexpected error, with its traceback"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (--help explains)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Plans as the arguments say and prints the report or JSON; returns the exit code, see `--help`."""
+    try:
+        arguments = parser().parse_args(argv)
+        with _user_code():
+            plan = _plan(arguments)
+    except (ValueError, ImportError) as error:
+        if not isinstance(error, BudgetError):
+            return _complain(error, BAD_INPUT)
+        plan = error.plan
+        _complain(error, DOES_NOT_FIT)
+    except Exception:  # Python's own exit code for it is 1, which means here that the step does not fit
+        traceback.print_exc()
+        return FAILED
+    print(plan.to_json() if arguments.json else plan)
+    return FITS if plan.fits else DOES_NOT_FIT
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of the command line."""
+    made = _Parser(
+        "velora-plan", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = made.add_argument
+    add("--model", required=True, help="a preset, a Hugging Face config, or package.module:factory (see below)")
+    add("--batch-size", type=int, default=1, metavar="N", help="texts or images of a batch (default: 1)")
+    add("--seq-len", type=int, metavar="N", help="tokens of a text (default: what the model takes, up to 2048)")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        help="of weights and inputs (default: bfloat16, what large models are trained in; a factory's own)",
+    )
+    add(
+        "--optimizer",
+        default="adamw",
+        help='"adamw", "sgd", "none", or an optimizer class such as torch.optim:Adagrad (default: adamw)',
+    )
+    add("--budget-gb", metavar="GIB", help="peak memory to fit, in GiB of 2^30 bytes (default: show the step as it is)")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="what is planned for (default: cuda; none is needed)")
+    add("--target", choices=TARGETS, default="eager", help="how the step will run (default: eager)")
+    add("--gradients", choices=GRADIENTS, default="dense", help="form of the weight gradients (default: dense)")
+    add("--projection", choices=PROJECTIONS, default="signs", help="of the sub-tokens (default: signs)")
+    add("--sub-token-sizes", metavar="M,M", help="sizes to choose from, such as 16,32 (default: 2 to 128)")
+    add("--seed", type=int, default=0, help="seed of the projections (default: 0)")
+    add("--json", action="store_true", help="print the plan as one JSON object instead of the report")
+    return made
+
+
+def _plan(arguments: argparse.Namespace) -> Plan:
+    device = torch.device(arguments.device)
+    budget_bytes = None if arguments.budget_gb is None else budget_bytes_of(_number(arguments.budget_gb), device)
+    options = Options(
+        optimizer=_optimizer(arguments.optimizer),
+        target=arguments.target,
+        gradients=arguments.gradients,
+        projection=arguments.projection,
+        sub_token_sizes=_sizes(arguments.sub_token_sizes),
+        device=device,
+        seed=arguments.seed,
+    )
+    dtype = DTYPES.get(arguments.dtype)
+    model, inputs = presets.load(arguments.model, arguments.batch_size, arguments.seq_len, dtype)
+    args, kwargs = example_call(inputs)
+    notes = [_batch_note(model, args, kwargs)]
+    try:
+        with planning_progress() as progress:
+            analysis = analyse(model, args, kwargs, options, device, progress)
+            plan, _ = make_plan(analysis, budget_bytes, arguments.model, options, device)
+            if budget_bytes is None:
+                notes.append(_reach_note(analysis))
+    except BudgetError as error:
+        raise BudgetError(str(error), _noted(error.plan, *notes)) from error
+    except ValueError:
+        raise
+    except Exception as error:
+        if ":" in arguments.model or ":" in arguments.optimizer:
+            raise ValueError(f"a step of {arguments.model} raised {type(error).__name__}: {error}") from error
+        raise
+    return _noted(plan, *notes)
+
+
+def _noted(plan: Plan, *notes: str) -> Plan:
+    return replace(plan, notes=(*notes, *plan.notes))
+
+
+def _batch_note(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    named = [*((f"input {i}", value) for i, value in enumerate(args)), *kwargs.items()]
+    shapes = [f"{name} {list(value.shape)}" for name, value in named if isinstance(value, torch.Tensor)]
+    count = sum(parameter.numel() for parameter in model.parameters())
+    dtypes = dict.fromkeys(str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters())
+    batch = ", ".join(shapes) or "the example inputs"
+    return f"planned for {batch}; {count:,} parameters in {' and '.join(dtypes)}"
+
+
+def _reach_note(analysis: Analysis) -> str:
+    tightest = {candidate.key: candidate.sizes[-1] for candidate in analysis.candidates}
+    smallest = analysis.simulate_plan(tightest).peak_bytes if tightest else analysis.baseline.peak_bytes
+    return (
+        f"with everything compressed as far as possible the peak is {smallest / GIB:.2f} GiB; pass --budget-gb to plan"
+    )
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _sizes(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--sub-token-sizes must be integers such as 16,32, got {text!r}") from None
+
+
+def _optimizer(text: str) -> Any:
+    return presets.import_path(text) if ":" in text else text
+
+
+@contextlib.contextmanager
+def _user_code() -> Iterator[None]:
+    """Lets the current folder be imported from, and keeps other libraries' log lines and warnings off the terminal."""
+    disabled, path = logging.root.manager.disable, list(sys.path)
+    logging.disable(logging.WARNING)
+    sys.path.insert(0, os.getcwd())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        sys.path[:] = path
+
+
+def _complain(error: Exception, code: int) -> int:
+    print(f"velora-plan: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
