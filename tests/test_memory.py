@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import transformers as hf
 import velora_fx
 from torch import nn
 
-from tests.allocator import peak_of, tensor_bytes
+from tests.allocator import peak_of
 from tests.gradients import tightest
 
 
@@ -32,6 +33,12 @@ def batch_of(model: nn.Module) -> dict[str, torch.Tensor]:
     ids = torch.randint(4, 128, (8, 256), generator=torch.Generator().manual_seed(0))
     is_classifier = isinstance(model, hf.BertForSequenceClassification)
     return {"input_ids": ids, "labels": torch.zeros(8, dtype=torch.long) if is_classifier else ids}
+
+
+def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the tensors' storages, shared ones once."""
+    storages = {id(storage): storage for tensor in tensors for storage in [tensor.untyped_storage()]}
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def measured_peak(model: nn.Module, batch: dict[str, torch.Tensor], autocast: bool = False) -> int:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from velora_fx.region import MAX_GRAPHS
 
-from tests.gradients import assert_same_gradients, compressed_weights, rebuilt_inputs, regions_of
+from tests.gradients import assert_same_gradients, compressed_weights, rebuilt_inputs, regions_of, tightest
 from tests.toys import compressed, rows, stack
+from tests.zoo import ZOO
 
 
 def check(
@@ -271,6 +272,28 @@ def test_checkpointed_blocks_compute_the_same(use_reentrant: bool) -> None:
         x = checkpoint(block, x, use_reentrant=use_reentrant)
     model.head(x).square().mean().backward()
     assert all(torch.equal(expected[name], p.grad) for name, p in model.named_parameters())
+
+
+def test_gradient_checkpointing_turned_on_afterwards_is_exact_and_keeps_nothing() -> None:
+    case = next(case for case in ZOO if case.name == "llama")
+    model, reference, batch = case.build(), case.build(), case.batch(2, 12)
+    velora_fx.optimize(model, plan=tightest(model, batch), example_inputs=batch)
+    saved: list[int] = []
+    for one in (model, reference):
+        one.gradient_checkpointing_enable()
+        count = 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal count
+            count += 1
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = one(**batch).loss
+        saved.append(count)
+        loss.backward()
+    assert saved[0] == saved[1] < 40
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), reference.parameters(), strict=True))
 
 
 def test_accumulated_gradients_add_up() -> None:

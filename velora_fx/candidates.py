@@ -88,8 +88,12 @@ def find_candidates(
         if not linear:
             continue
         blocked = _blocked(savings, reasons)
-        if findings.timeline.births[savings[0].storage] < findings.timeline.marks[0][0]:
+        birth = findings.timeline.births[savings[0].storage]
+        moments = {moment: start for start, moment in findings.timeline.marks}
+        if birth < moments["forward"]:
             blocked = "its input is an input of the model, which the caller holds"
+        elif birth >= moments["backward"]:
+            blocked = "its input is recomputed in backward (activation checkpointing), so it is not kept"
         offered = set.intersection(*(set(offered_sizes(saving.shape[-1], sizes)) for saving in linear))
         if blocked is None and not offered:
             widths = ", ".join(str(width) for width in dict.fromkeys(saving.shape[-1] for saving in linear))
@@ -113,7 +117,7 @@ def find_candidates(
     )
     chosen = {(s.region, s.consumer) for candidate in candidates for s in candidate.savings}
     skipped = tuple(
-        Skipped(full_name(*key), reason or "its input is not kept for backward outside of a recomputed stretch")
+        Skipped(full_name(*key), reason or "its input is not kept for backward")
         for key, reason in reasons.items()
         if key not in chosen
     )

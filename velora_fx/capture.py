@@ -138,23 +138,31 @@ def _own_forward(module: torch.nn.Module, forward: Callable[..., Any] | None) ->
 def _recorded_reads(module: torch.nn.Module) -> Iterator[set[tuple[str, str]]]:
     """Collects which plain attributes (no tensors, no submodules) of the module tree are read meanwhile."""
     reads: set[tuple[str, str]] = set()
-    classes = {child: type(child) for child in module.modules()}
+    names = {id(child): name for name, child in module.named_modules()}
+    classes = {type(child): type(child).__getattribute__ for child in module.modules()}
+    own = {class_ for class_ in classes if "__getattribute__" in vars(class_)}
     try:
-        for name, child in module.named_modules():
-            child.__class__ = _recording_class(type(child), name, reads)
+        for class_, original in classes.items():
+            class_.__getattribute__ = _recording(original, names, reads)  # type: ignore[method-assign]
         yield reads
     finally:
-        for child, original in classes.items():
-            child.__class__ = original
+        for class_, original in classes.items():
+            if class_ in own:
+                class_.__getattribute__ = original  # type: ignore[method-assign]
+            else:
+                del class_.__getattribute__
 
 
-def _recording_class(base: type, name: str, reads: set[tuple[str, str]]) -> type:
+def _recording(
+    original: Callable[[Any, str], Any], names: dict[int, str], reads: set[tuple[str, str]]
+) -> Callable[[Any, str], Any]:
     def __getattribute__(self: Any, attribute: str) -> Any:
-        if not attribute.startswith("_") and attribute in object.__getattribute__(self, "__dict__"):
+        name = names.get(id(self))
+        if name is not None and not attribute.startswith("_") and attribute in object.__getattribute__(self, "__dict__"):
             reads.add((name, attribute))
-        return base.__getattribute__(self, attribute)
+        return original(self, attribute)
 
-    return type(base.__name__, (base,), {"__getattribute__": __getattribute__, "__module__": base.__module__})
+    return __getattribute__
 
 
 def _plain_graph_module(program: ExportedProgram, names: list[str]) -> GraphModule:

@@ -45,14 +45,18 @@ class FirstForward(StandIn):
         self.waiting = False
         super().remove()
 
-    @torch.compiler.disable(
-        reason="velora_fx plans at the first training forward, which cannot be compiled: pass example_inputs to "
-        "velora_fx.optimize to use torch.compile(fullgraph=True) at once"
-    )
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.waiting and self.block.training and torch.is_grad_enabled():
-            self.apply(self.block, self.request, args, kwargs)
+            self.plan(args, kwargs)
             own = vars(self.block).get("forward")
             if own is not None and own is not self.previous:
                 return own(*args, **kwargs)
         return self.original(*args, **kwargs)
+
+    @torch.compiler.disable(
+        reason="velora_fx plans at the first training forward, which cannot be compiled: pass example_inputs to "
+        "velora_fx.optimize to use torch.compile(fullgraph=True) at once"
+    )
+    def plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Plans for this call and installs the plan."""
+        self.apply(self.block, self.request, args, kwargs)

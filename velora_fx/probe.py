@@ -11,7 +11,7 @@ import torch
 from velora_fx.graphs import RegionGraph, find_graph, key_of, make_graph, merge_graph
 from velora_fx.passes.find_products import find_products
 from velora_fx.passes.saved_tensors import Saving, SavedTensors
-from velora_fx.region import make_call
+from velora_fx.region import is_checkpointed, make_call
 from velora_fx.regions import child_regions, find_regions
 from velora_fx.timeline import Timeline
 from velora_fx.tracker import Tracker
@@ -80,6 +80,7 @@ class _Probe:
         graph, inputs = self.graph_and_inputs(args, kwargs)
         if graph.gm is None:
             self.fall_back(graph)
+        if graph.gm is None or is_checkpointed(self.block):
             return type(self.block).forward(self.block, *args, **kwargs)
         return graph.result(self.saved.run(graph.gm, self.name, inputs))
 
@@ -100,9 +101,11 @@ class _Probe:
 
     def note_products(self, graph: RegionGraph, state: dict[str, torch.Tensor]) -> None:
         assert graph.gm is not None
+        recomputed = "its block is recomputed in backward (gradient checkpointing), so nothing is kept for it"
         for product in find_products(graph.gm):
             if state[product.parameter].requires_grad:
-                use = Use(self.name, product.consumer, product.parameter, product.reason)
+                reason = recomputed if is_checkpointed(self.block) else product.reason
+                use = Use(self.name, product.consumer, product.parameter, reason)
                 self.findings.uses.setdefault((self.name, product.consumer), use)
 
     def fall_back(self, graph: RegionGraph) -> None:

@@ -26,7 +26,8 @@ class Region(StandIn):
     """The forward of a block that runs rewritten graphs.
 
     In training it runs the rewritten graph that stands for the call; in `eval()`, under `no_grad`, under
-    `torch.func`, with hooks on inner modules or with a filled cache it calls the original forward. A call that no
+    `torch.func`, with hooks on inner modules, with gradient checkpointing in the block's own forward or with a filled
+    cache it calls the original forward. A call that no
     graph stands for is captured anew, up to MAX_GRAPHS graphs. `graphs` is shared by equal regions; `projections`
     are CPU tensors, a copy of which follows the inputs to their device.
     """
@@ -48,7 +49,8 @@ class Region(StandIn):
         self.warned = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.block.training or not torch.is_grad_enabled() or _inside_torch_func() or _has_hooks(self.block):
+        exact = not self.block.training or not torch.is_grad_enabled() or _inside_torch_func()
+        if exact or _has_hooks(self.block) or is_checkpointed(self.block):
             return self.original(*args, **kwargs)
         call = make_call(self.block, args, kwargs)
         graph = self.graph_for(call)
@@ -130,6 +132,11 @@ def rewritten(graph: RegionGraph, choices: Mapping[str, Choice]) -> RegionGraph:
     gm = copy.deepcopy(graph.gm)
     run(gm, [partial(swap, choices=choices)])
     return RegionGraph(graph.key, graph.attributes, replace(graph.captured, gm=gm))
+
+
+def is_checkpointed(block: torch.nn.Module) -> bool:
+    """True if the forward itself recomputes activations in backward, as Hugging Face blocks do when told so."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in block.modules())
 
 
 def _inside_torch_func() -> bool:

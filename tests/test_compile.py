@@ -1,0 +1,127 @@
+"""torch.compile on optimised models."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import velora_fx
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._inductor.utils import fresh_cache
+
+from tests.gradients import assert_same_gradients, step, tightest
+from tests.toys import compressed, rows, stack
+from tests.zoo import ZOO, loss_of
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    with fresh_cache():
+        yield
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """Inductor draws dropout masks of its own."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_inductors_gradients_equal_the_eager_ones_with_dynamic_shapes(name: str) -> None:
+    case = next(case for case in ZOO if case.name == name)
+    model = case.build()
+    for module in model.modules():
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    model = without_dropout(model)
+    batch = case.batch(*case.shapes[0])
+    velora_fx.optimize(model, plan=tightest(model, batch), example_inputs=batch)
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True)
+    for shape in case.shapes:
+        step(compiled, case.batch(*shape), loss_of)
+        step(eager, case.batch(*shape), loss_of)
+        assert_same_gradients(model, eager)
+    assert torch._dynamo.utils.counters["frames"]["total"] <= 3  # one more for dynamic shapes, none for each shape
+
+
+@pytest.mark.parametrize("stretch", ["no_grad", "autocast"])
+def test_state_stretches_compile_with_dynamic_shapes(stretch: str) -> None:
+    model = without_dropout(compressed(without_dropout(stack(stretch)), rows()))
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for shape in ((4, 8), (3, 5)):
+        step(compiled, {"x": rows(*shape)}, loss_of)
+        step(eager, {"x": rows(*shape)}, loss_of)
+        assert_same_gradients(model, eager)
+
+
+def test_the_compiled_forward_does_not_save_a_compressed_input() -> None:
+    saved: dict[str, set[tuple[int, ...]]] = {}
+
+    def saved_shapes(model: nn.Module) -> set[tuple[int, ...]]:
+        shapes: set[tuple[int, ...]] = set()
+
+        def forward_compiler(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+            output = next(node for node in gm.graph.nodes if node.op == "output")
+            kept = [node for node in output.args[0][1:] if isinstance(node, torch.fx.Node)]
+            shapes.update(tuple(node.meta["val"].shape) for node in kept if node.op != "placeholder")
+            return gm.forward
+
+        def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+            return aot_module_simplified(gm, inputs, fw_compiler=forward_compiler, bw_compiler=lambda gm, _: gm.forward)
+
+        torch._dynamo.reset()
+        torch.compile(model, backend=backend, fullgraph=True)(rows()).backward()
+        return shapes
+
+    saved["dense"] = saved_shapes(without_dropout(stack(width=32)))
+    saved["compressed"] = saved_shapes(compressed(without_dropout(stack(width=32)), rows(), sub_token_sizes=(16,)))
+    hidden = {(4, 8, 64), (32, 64)}
+    gelu_inputs_only = [shape for shape in saved["compressed"] if shape in hidden]
+    assert (32, 2) in saved["compressed"] or (4, 8, 2) in saved["compressed"]
+    assert len(gelu_inputs_only) < len([shape for shape in saved["dense"] if shape in hidden]) or hidden - saved["dense"]
+
+
+def test_equal_blocks_compiled_one_by_one_give_as_many_graphs_as_there_are_plans() -> None:
+    model = without_dropout(stack(num_blocks=12))
+    tight = tightest(model, (rows(),))
+    half = tuple(d for d in tight.decisions if int(d.region.rpartition(".")[2] if d.region != "head" else 0) < 6)
+    plan = copy.copy(tight)
+    object.__setattr__(plan, "decisions", half)
+    velora_fx.optimize(model, plan=plan, example_inputs=(rows(),))
+    eager = copy.deepcopy(model)
+    counter = CompileCounterWithBackend("aot_eager")
+    for block in model.blocks:
+        block.compile(backend=counter, fullgraph=True)
+    x = rows().requires_grad_()  # as the input of every other block does
+    step(model, {"x": x}, loss_of)
+    step(eager, {"x": x}, loss_of)
+    assert_same_gradients(model, eager)
+    assert counter.frame_count == 2
+
+
+def test_fullgraph_before_planning_is_an_error_that_says_what_to_pass() -> None:
+    model = torch.compile(velora_fx.optimize(stack(), 1), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="pass example_inputs to velora_fx.optimize"):
+        model(rows())
+
+
+def test_without_fullgraph_planning_happens_in_the_first_compiled_forward() -> None:
+    budget = tightest(stack(), (rows(64, 64),)).planned.peak_bytes * 1.02 / 2**30
+    model = velora_fx.optimize(without_dropout(stack()), budget)
+    compiled = torch.compile(model, backend="aot_eager")
+    for _ in range(2):
+        step(compiled, {"x": rows(64, 64)}, loss_of)
+    assert velora_fx.plan_of(compiled).compressed
+    eager = velora_fx.optimize(without_dropout(stack()), budget, (rows(64, 64),))
+    step(eager, {"x": rows(64, 64)}, loss_of)
+    assert_same_gradients(model, eager)
