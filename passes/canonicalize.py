@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.node import Argument
 
 aten = torch.ops.aten
 TRANSPOSES = (aten.t.default, aten.numpy_T.default, aten.transpose.int)
@@ -51,12 +52,14 @@ def parameter_of(node: object) -> Node | None:
     return node if isinstance(node, Node) and node.op == "placeholder" else None
 
 
-def _as_linear(gm: GraphModule, node: Node, x: object, weight: object, bias: object) -> None:
+def _as_linear(gm: GraphModule, node: Node, x: Argument, weight: Argument, bias: Argument) -> None:
     if not (isinstance(weight, Node) and isinstance(x, Node)) or not _is_matrix_of_parameter(gm, weight):
         return
     with gm.graph.inserting_before(node):
-        transposed = weight.args[0] if _is_transpose(weight) else gm.graph.call_function(aten.t.default, (weight,))
-        args = (x, transposed) if bias is None else (x, transposed, bias)
+        transposed: Argument = (
+            weight.args[0] if _is_transpose(weight) else gm.graph.call_function(aten.t.default, (weight,))
+        )
+        args: tuple[Argument, ...] = (x, transposed) if bias is None else (x, transposed, bias)
         linear = gm.graph.call_function(aten.linear.default, args)
     linear.meta = dict(node.meta)
     node.replace_all_uses_with(linear)
@@ -75,4 +78,4 @@ def _is_matrix_of_parameter(gm: GraphModule, weight: Node) -> bool:
 def _is_transpose(node: Node) -> bool:
     if node.target not in TRANSPOSES:
         return False
-    return node.target is not aten.transpose.int or sorted(int(dim) % 2 for dim in node.args[1:]) == [0, 1]  # type: ignore[call-overload]
+    return node.target is not aten.transpose.int or set(node.args[1:]) in ({0, 1}, {-1, -2}, {0, -1}, {1, -2})

@@ -8,9 +8,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-import velora_fx
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import velora_fx
 from velora_fx.region import Region
 
 

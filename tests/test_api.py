@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-import velora_fx
 from torch import nn
 from torch.nn import functional as F
-from velora_fx.fake import fake_copy, fake_mode
 
+import velora_fx
 from tests.gradients import assert_same_gradients, compressed_weights, rebuilt_inputs, regions_of, step, tightest
 from tests.toys import compressed, rows, stack
 from tests.zoo import ZOO, loss_of
+from velora_fx.fake import fake_copy, fake_mode
 
 LLAMA = next(case for case in ZOO if case.name == "llama")
 
@@ -30,7 +30,7 @@ def assert_untouched(model: nn.Module) -> None:
 @pytest.mark.parametrize("budget", [0, -1, math.nan, math.inf, "lots", "24", True, [24]])
 def test_a_bad_budget_is_refused(budget: Any) -> None:
     model = stack()
-    with pytest.raises(ValueError, match="budget_gb must be a .*number of GiB") as caught:
+    with pytest.raises(ValueError, match=r"budget_gb must be a .*number of GiB") as caught:
         velora_fx.optimize(model, budget, (rows(),))
     assert repr(budget) in str(caught.value)
     assert_untouched(model)
@@ -204,7 +204,10 @@ def test_a_model_on_the_meta_device_can_be_planned_for() -> None:
 def test_the_filter_decides_which_weights_may_be_compressed() -> None:
     plan = tightest(stack(), (rows(),), filter_fn=lambda module, name: name.endswith("up"))
     assert {c for d in plan.compressed for c in d.consumers} == {f"blocks.{i}.up" for i in range(3)}
-    assert {s.module for s in plan.skipped if "filter_fn" in s.reason} == {*(f"blocks.{i}.down" for i in range(3)), "head"}
+    assert {s.module for s in plan.skipped if "filter_fn" in s.reason} == {
+        *(f"blocks.{i}.down" for i in range(3)),
+        "head",
+    }
 
 
 def test_tied_and_vocabulary_weights_are_left_out_by_default_and_the_filter_overrides() -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-import velora_fx
 from torch import nn
 
+import velora_fx
 from tests.allocator import peak_of
 from tests.gradients import tightest
 
@@ -21,7 +21,9 @@ def llama() -> nn.Module:
 
 
 def gpt2() -> nn.Module:
-    return hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=64, n_layer=3, n_head=4, vocab_size=128, bos_token_id=0, eos_token_id=0))
+    return hf.GPT2LMHeadModel(
+        hf.GPT2Config(n_embd=64, n_layer=3, n_head=4, vocab_size=128, bos_token_id=0, eos_token_id=0)
+    )
 
 
 def bert() -> nn.Module:

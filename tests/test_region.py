@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-import velora_fx
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from velora_fx.region import MAX_GRAPHS
 
+import velora_fx
 from tests.gradients import assert_same_gradients, compressed_weights, rebuilt_inputs, regions_of, tightest
 from tests.toys import compressed, rows, stack
 from tests.zoo import ZOO
+from velora_fx.region import MAX_GRAPHS
 
 
 def check(

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-import velora_fx
 from torch import nn
+
+import velora_fx
+from tests.gradients import assert_same_gradients, compressed_weights, rebuilt_inputs, regions_of, step, tightest
+from tests.zoo import ZOO, Case, loss_of
 from velora_fx.fake import fake_copy, fake_mode
 from velora_fx.graphs import Call, key_of, make_graph
 from velora_fx.passes.saved_tensors import Saving, saved_tensors
 from velora_fx.region import make_call
-
-from tests.gradients import assert_same_gradients, compressed_weights, rebuilt_inputs, regions_of, step, tightest
-from tests.zoo import ZOO, Case, loss_of
 
 
 @pytest.fixture(scope="module", params=ZOO, ids=str)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import velora_fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import velora_fx
 from tests.gradients import tightest
 
 

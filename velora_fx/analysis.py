@@ -150,5 +150,3 @@ def _moments(findings: Findings, candidates: tuple[Candidate, ...], overhead: in
                 alive[index] = alive.get(index, 0) + 1
         moments.append(Moment(int(highest) + overhead, tuple(sorted(alive.items()))))
     return tuple(moments)
-
-

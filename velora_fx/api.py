@@ -84,7 +84,9 @@ def optimize(
     )  # fmt: skip
     if (budget_gb is None) == (plan is None):
         raise ValueError(
-            "pass either budget_gb or plan, got both" if plan is not None else "pass budget_gb (in GiB) or plan, got neither"
+            "pass either budget_gb or plan, got both"
+            if plan is not None
+            else "pass budget_gb (in GiB) or plan, got neither"
         )
     if plan is not None and not isinstance(plan, Plan):
         raise ValueError(f"plan must be a velora_fx.Plan, got {type(plan).__name__}")
@@ -153,7 +155,9 @@ def state_dict(model: torch.nn.Module) -> dict[str, Any]:
     projections = {}
     if installed.plan.projection != "signs":
         projections = {
-            f"{region.name}/{tensor}": v.clone() for region in installed.regions for tensor, v in region.projections.items()
+            f"{region.name}/{tensor}": v.clone()
+            for region in installed.regions
+            for tensor, v in region.projections.items()
         }
     return {"plan": installed.plan.to_dict(), "projections": projections}
 

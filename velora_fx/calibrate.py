@@ -13,9 +13,7 @@ from velora_fx.projection import mean_projection
 from velora_fx.region import Region, make_call
 
 
-def calibrate(
-    model: torch.nn.Module, regions: Sequence[Region], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+def calibrate(model: torch.nn.Module, regions: Sequence[Region], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Sets every projection to the normalised mean sub-token of its tensor in one forward, the same on all ranks.
 
     The forward runs without gradients; random state and buffers are put back.

@@ -54,7 +54,8 @@ def capture(
 ) -> Captured:
     """Captures `module(*args, **kwargs)` in training mode; nothing is executed and the module is left as it was.
 
-    `forward` is the module's own forward where another one stands in for it (default: that of its class). Every dimension of the tensor arguments is free unless it is 1 or the forward fixes it. Grad mode, autocast and
+    `forward` is the module's own forward where another one stands in for it (default: that of its class). Every
+    dimension of the tensor arguments is free unless it is 1 or the forward fixes it. Grad mode, autocast and
     saved-tensor hooks of the caller stay out of the graph. Raises CaptureError.
     """
     structure, leaves = flatten((args, kwargs))
@@ -81,9 +82,7 @@ def capture(
     with _isolated(), _own_forward(module, forward), _recorded_reads(module) as reads:
         inputs = _fakes([*state.values(), *tensors])
         try:
-            program = torch.export.export(
-                Shim(), (inputs,), dynamic_shapes=([None] * len(state) + free,), strict=False
-            )
+            program = torch.export.export(Shim(), (inputs,), dynamic_shapes=([None] * len(state) + free,), strict=False)
         except Exception as error:
             raise CaptureError(_first_line(error)) from error
     constants = []
@@ -158,7 +157,11 @@ def _recording(
 ) -> Callable[[Any, str], Any]:
     def __getattribute__(self: Any, attribute: str) -> Any:
         name = names.get(id(self))
-        if name is not None and not attribute.startswith("_") and attribute in object.__getattribute__(self, "__dict__"):
+        if (
+            name is not None
+            and not attribute.startswith("_")
+            and attribute in object.__getattribute__(self, "__dict__")
+        ):
             reads.add((name, attribute))
         return original(self, attribute)
 

@@ -67,7 +67,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
-class GroupedProducts(TorchDispatchMode):
+class GroupedProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lets fake grouped products (mixtures of experts) take the dtypes that the real kernels take.
 
     The shape function of `aten._grouped_mm` refuses all but bfloat16.
@@ -108,9 +108,10 @@ def _fused_attention(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     if attn_mask is None and query.dtype in (torch.float16, torch.bfloat16):
-        return torch.ops.aten._scaled_dot_product_flash_attention(
+        flash: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention(
             query, key, value, dropout_p, is_causal, False, scale=scale
-        )[0]  # type: ignore[no-any-return]
+        )[0]
+        return flash
     if key.shape[1] != query.shape[1]:
         key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
         value = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
@@ -118,14 +119,16 @@ def _fused_attention(
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, float("-inf"))
     if attn_mask is not None:
         attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    return torch.ops.aten._scaled_dot_product_efficient_attention(
+    out: torch.Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(
         query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
-    )[0]  # type: ignore[no-any-return]
+    )[0]
+    return out
 
 
 @contextlib.contextmanager
 def kernels_of(device: torch.device) -> Iterator[None]:
     """The context in which fake operators behave as the kernels of `device` do."""
     fused = device.type == "cuda" and not torch.cuda.is_available()
-    with GroupedProducts(), FusedAttention() if fused else contextlib.nullcontext():
+    grouped = GroupedProducts()  # type: ignore[no-untyped-call]
+    with grouped, FusedAttention() if fused else contextlib.nullcontext():
         yield

@@ -53,7 +53,7 @@ class FirstForward(StandIn):
                 return own(*args, **kwargs)
         return self.original(*args, **kwargs)
 
-    @torch.compiler.disable(
+    @torch.compiler.disable(  # type: ignore[no-untyped-call,untyped-decorator]
         reason="velora_fx plans at the first training forward, which cannot be compiled: pass example_inputs to "
         "velora_fx.optimize to use torch.compile(fullgraph=True) at once"
     )

@@ -10,7 +10,7 @@ import torch
 
 from velora_fx.graphs import RegionGraph, find_graph, key_of, make_graph, merge_graph
 from velora_fx.passes.find_products import find_products
-from velora_fx.passes.saved_tensors import Saving, SavedTensors
+from velora_fx.passes.saved_tensors import SavedTensors, Saving
 from velora_fx.region import is_checkpointed, make_call
 from velora_fx.regions import child_regions, find_regions
 from velora_fx.timeline import Timeline

@@ -31,5 +31,5 @@ def mean_projection(x: torch.Tensor, sub_token_size: int) -> torch.Tensor:
     mean = x.detach().reshape(-1, x.shape[-1]).to(dtype).mean(0).reshape(-1, sub_token_size).mean(0)
     if not bool(mean.norm() > 0):
         mean = torch.ones_like(mean)
-    v = mean / mean.norm()
+    v: torch.Tensor = mean / mean.norm()
     return v.expand(x.shape[-1] // sub_token_size, sub_token_size).clone()

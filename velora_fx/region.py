@@ -114,7 +114,8 @@ def make_call(block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 def _layer_of(block: torch.nn.Module) -> int:
     """The block's slot in a cache, as Hugging Face models number them."""
-    return next((child.layer_idx for child in block.modules() if isinstance(vars(child).get("layer_idx"), int)), 0)
+    numbers = (vars(child).get("layer_idx") for child in block.modules())
+    return next((number for number in numbers if isinstance(number, int)), 0)
 
 
 def rewritten(graph: RegionGraph, choices: Mapping[str, Choice]) -> RegionGraph:

@@ -109,19 +109,20 @@ def optimizer_factory(optimizer: Any, model: torch.nn.Module, device: torch.devi
     """
     if isinstance(optimizer, torch.optim.Optimizer):
         return _copy_of(optimizer, model)
-    classes: dict[str, Any] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
     if isinstance(optimizer, str) and optimizer == "none":
         return lambda copied: None
-    if isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer):
-        return lambda copied: optimizer([p for p in copied.parameters() if p.requires_grad])  # type: ignore[call-arg]
-    if not isinstance(optimizer, str) or optimizer not in classes:
+    named: dict[str, Any] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+    make: Any = named.get(optimizer) if isinstance(optimizer, str) else optimizer
+    if not (isinstance(make, type) and issubclass(make, torch.optim.Optimizer)):
         raise ValueError(
             "optimizer must be 'adamw', 'sgd', 'none', a torch.optim.Optimizer class or an optimizer of the model, "
             f"got {optimizer!r}"
         )
-    # What PyTorch chooses by itself on a GPU, where the fake weights of a plan without one are CPU tensors.
-    foreach = {"foreach": True} if device.type == "cuda" else {}
-    return lambda copied: classes[optimizer]([p for p in copied.parameters() if p.requires_grad], **foreach)  # type: ignore[no-any-return]
+    # What PyTorch chooses by itself on a GPU; the fake weights of a plan made without one are CPU tensors.
+    takes_foreach = "foreach" in inspect.signature(make).parameters
+    options: dict[str, Any] = {"foreach": True} if device.type == "cuda" and takes_foreach else {}
+    construct: Callable[..., torch.optim.Optimizer] = make
+    return lambda copied: construct([p for p in copied.parameters() if p.requires_grad], **options)
 
 
 def _copy_of(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> OptimizerFactory:

@@ -81,9 +81,7 @@ def choose(items: Sequence[Item], moments: Sequence[Moment], budget_bytes: int) 
     return _trimmed(items, binding, budget_bytes, levels)
 
 
-def _trimmed(
-    items: Sequence[Item], moments: Sequence[Moment], budget_bytes: int, levels: list[int]
-) -> tuple[int, ...]:
+def _trimmed(items: Sequence[Item], moments: Sequence[Moment], budget_bytes: int, levels: list[int]) -> tuple[int, ...]:
     """Lowers every level that the budget does not need: the solver stops within a relative gap of the optimum."""
     counts = [dict(moment.alive) for moment in moments]
     slack = [budget_bytes - moment.bytes_at(items, levels) for moment in moments]

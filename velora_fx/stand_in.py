@@ -22,7 +22,7 @@ class StandIn:
 
     def install(self) -> None:
         """Makes this the forward of the block."""
-        self.block.forward = self
+        setattr(self.block, "forward", self)  # noqa: B010 (a plain attribute that shadows the method)
 
     def remove(self) -> None:
         """Gives the block its own forward back."""

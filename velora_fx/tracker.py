@@ -13,14 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from velora_fx.timeline import Timeline
 
 
-class Tracker(TorchDispatchMode):
+class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While on, sees each new storage among the results of the operators, and its end through a weak reference.
 
     Storages are counted once however many tensors view them. `rounding_bytes` is the allocator's block size.
     """
 
     def __init__(self, rounding_bytes: int = 1) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.rounding_bytes = rounding_bytes
         self.storages: list[int] = []
         self.deltas: list[int] = []
