@@ -85,8 +85,8 @@ def saved_sizes(model: nn.Module, x: torch.Tensor) -> list[int]:
 def test_the_compiled_forward_does_not_save_a_compressed_input() -> None:
     x = rows(4, 16)
     dense = saved_sizes(without_dropout(stack()), x)
-    velora = saved_sizes(compressed(without_dropout(stack()), x, sub_token_sizes=(16,)), x)
-    hidden, projected = 4 * 16 * 64, 4 * 16 * 4
+    velora = saved_sizes(compressed(without_dropout(stack()), x, sub_token_sizes=(8,)), x)
+    hidden, projected = 4 * 16 * 64, 4 * 16 * 64 // 8
     assert dense.count(hidden) == 2 * 3  # in and out of each GELU
     assert velora.count(hidden) == 3  # in only
     assert projected not in dense

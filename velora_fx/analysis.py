@@ -16,7 +16,7 @@ from velora_fx.options import Options
 from velora_fx.overhead import overhead_bytes
 from velora_fx.plans import Skipped
 from velora_fx.probe import Findings, Use, probe
-from velora_fx.regions import find_regions
+from velora_fx.regions import child_regions, find_regions
 from velora_fx.simulate import default_loss, optimizer_factory, simulate
 from velora_fx.solver import Moment
 from velora_fx.stand_in import uninstall
@@ -98,6 +98,7 @@ def analyse(
         lambda use: exclusion(model, parameters, use, options),
     )
     _check_sizes(options, candidates, findings)
+    skipped += _without_products(fake_model(), findings)
     moments = _moments(findings, candidates, overhead_bytes(device))
     return Analysis(findings, candidates, skipped, baseline, moments, simulate_plan)
 
@@ -118,6 +119,15 @@ def exclusion(
     if use.consumer == "" and parameter.shape == vocabulary:
         return "it is the output head over a vocabulary (filter_fn overrides)"
     return None
+
+
+def _without_products(model: torch.nn.Module, findings: Findings) -> tuple[Skipped, ...]:
+    """The regions of which nothing is known: not called, or not captured and without parts to try instead."""
+    skipped = [Skipped(name, "it was not called by the example inputs") for name, n in findings.calls.items() if not n]
+    for name, reason in findings.failures.items():
+        if not child_regions(model.get_submodule(name), name):
+            skipped.append(Skipped(name, f"it could not be captured: {reason}"))
+    return tuple(skipped)
 
 
 def _check_sizes(options: Options, candidates: tuple[Candidate, ...], findings: Findings) -> None:

@@ -104,7 +104,7 @@ def optimize(
 
 def plan(
     model: torch.nn.Module,
-    budget_gb: float | str,
+    budget_gb: float | str | None,
     example_inputs: Any,
     *,
     optimizer: Any = "adamw",
@@ -119,14 +119,15 @@ def plan(
 ) -> Plan:
     """The plan that `optimize` would make, with the model left as it is; arguments and errors are those of `optimize`.
 
-    The model's weights are not read: a model on the meta device can be planned for.
+    Without a budget nothing is compressed: the plan shows the step as it is. The model's weights are not read: a model
+    on the meta device can be planned for.
     """
     options = Options(
         optimizer=optimizer, target=target, gradients=gradients, projection=projection,
         sub_token_sizes=sub_token_sizes, filter_fn=filter_fn, loss_fn=loss_fn, device=device, seed=seed,
     )  # fmt: skip
     where = planning_device(model, options)
-    budget_bytes = budget_bytes_of(budget_gb, where)
+    budget_bytes = None if budget_gb is None else budget_bytes_of(budget_gb, where)
     _check_model(model)
     args, kwargs = _checked_call(model, example_inputs)
     with planning_progress() as progress:

@@ -15,13 +15,11 @@ from typing import Any, NoReturn
 
 import torch
 
+import velora_fx
 from velora_fx import presets
-from velora_fx.analysis import Analysis, analyse
 from velora_fx.arguments import example_call
-from velora_fx.options import GIB, GRADIENTS, PROJECTIONS, TARGETS, Options, budget_bytes_of
-from velora_fx.planning import make_plan
+from velora_fx.options import GRADIENTS, PROJECTIONS, TARGETS, Options, budget_bytes_of
 from velora_fx.plans import BudgetError, Plan
-from velora_fx.progress import planning_progress
 
 FITS, DOES_NOT_FIT, BAD_INPUT, FAILED = 0, 1, 2, 3
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -47,7 +45,7 @@ examples:
     velora-plan --model llama-7b --batch-size 4 --seq-len 2048 --optimizer sgd --budget-gb 56
 
   For scripts: one JSON object on stdout, and the answer as the exit code.
-    velora-plan --model gpt2-xl --batch-size 8 --budget-gb 40 --json > plan.json
+    velora-plan --model gpt2-xl --batch-size 8 --budget-gb 44 --json > plan.json
 
   A model of your own, in float32 on CPU.
     velora-plan --model my_package.models:make_classifier --dtype float32 --device cpu --budget-gb 2
@@ -99,7 +97,12 @@ def parser() -> argparse.ArgumentParser:
         help='"adamw", "sgd", "none", or an optimizer class such as torch.optim:Adagrad (default: adamw)',
     )
     add("--budget-gb", metavar="GIB", help="peak memory to fit, in GiB of 2^30 bytes (default: show the step as it is)")
-    add("--device", choices=("cuda", "cpu"), default="cuda", help="what is planned for (default: cuda; none is needed)")
+    add(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="what is planned for (default: cuda; no GPU is needed)",
+    )
     add("--target", choices=TARGETS, default="eager", help="how the step will run (default: eager)")
     add("--gradients", choices=GRADIENTS, default="dense", help="form of the weight gradients (default: dense)")
     add("--projection", choices=PROJECTIONS, default="signs", help="of the sub-tokens (default: signs)")
@@ -110,40 +113,37 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:
-    device = torch.device(arguments.device)
-    budget_bytes = None if arguments.budget_gb is None else budget_bytes_of(_number(arguments.budget_gb), device)
-    options = Options(
-        optimizer=_optimizer(arguments.optimizer),
-        target=arguments.target,
-        gradients=arguments.gradients,
-        projection=arguments.projection,
-        sub_token_sizes=_sizes(arguments.sub_token_sizes),
-        device=device,
-        seed=arguments.seed,
-    )
+    options: dict[str, Any] = {
+        "optimizer": _optimizer(arguments.optimizer),
+        "target": arguments.target,
+        "gradients": arguments.gradients,
+        "projection": arguments.projection,
+        "sub_token_sizes": _sizes(arguments.sub_token_sizes),
+        "device": arguments.device,
+        "seed": arguments.seed,
+    }
+    Options(**options)  # refused before a large model is made, as is the budget
+    budget_gb = None if arguments.budget_gb is None else _number(arguments.budget_gb)
+    if budget_gb is not None:
+        budget_bytes_of(budget_gb, torch.device(arguments.device))
     dtype = DTYPES.get(arguments.dtype)
     model, inputs = presets.load(arguments.model, arguments.batch_size, arguments.seq_len, dtype)
-    args, kwargs = example_call(inputs)
-    notes = [_batch_note(model, args, kwargs)]
+    note = _batch_note(model, *example_call(inputs))
     try:
-        with planning_progress() as progress:
-            analysis = analyse(model, args, kwargs, options, device, progress)
-            plan, _ = make_plan(analysis, budget_bytes, arguments.model, options, device)
-            if budget_bytes is None:
-                notes.append(_reach_note(analysis))
+        plan = velora_fx.plan(model, budget_gb, inputs, **options)
     except BudgetError as error:
-        raise BudgetError(str(error), _noted(error.plan, *notes)) from error
+        raise BudgetError(str(error), _noted(error.plan, arguments.model, note)) from error
     except ValueError:
         raise
     except Exception as error:
         if ":" in arguments.model or ":" in arguments.optimizer:
             raise ValueError(f"a step of {arguments.model} raised {type(error).__name__}: {error}") from error
         raise
-    return _noted(plan, *notes)
+    return _noted(plan, arguments.model, note)
 
 
-def _noted(plan: Plan, *notes: str) -> Plan:
-    return replace(plan, notes=(*notes, *plan.notes))
+def _noted(plan: Plan, name: str, note: str) -> Plan:
+    return replace(plan, model=name, notes=(note, *plan.notes))
 
 
 def _batch_note(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -153,14 +153,6 @@ def _batch_note(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     dtypes = dict.fromkeys(str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters())
     batch = ", ".join(shapes) or "the example inputs"
     return f"planned for {batch}; {count:,} parameters in {' and '.join(dtypes)}"
-
-
-def _reach_note(analysis: Analysis) -> str:
-    tightest = {candidate.key: candidate.sizes[-1] for candidate in analysis.candidates}
-    smallest = analysis.simulate_plan(tightest).peak_bytes if tightest else analysis.baseline.peak_bytes
-    return (
-        f"with everything compressed as far as possible the peak is {smallest / GIB:.2f} GiB; pass --budget-gb to plan"
-    )
 
 
 def _number(text: str) -> float | str:
@@ -187,7 +179,7 @@ def _optimizer(text: str) -> Any:
 def _user_code() -> Iterator[None]:
     """Lets the current folder be imported from, and keeps other libraries' log lines and warnings off the terminal."""
     disabled, path = logging.root.manager.disable, list(sys.path)
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     sys.path.insert(0, os.getcwd())
     try:
         with warnings.catch_warnings():

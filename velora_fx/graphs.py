@@ -118,12 +118,16 @@ def find_graph(graphs: Iterable[RegionGraph], call: Call, key: tuple[Any, ...], 
 
 def _same_attributes(graph: RegionGraph, module: torch.nn.Module, exact: bool) -> bool:
     for name, attribute, value in graph.attributes:
-        if isinstance(value, PRIMITIVES):
+        if _is_plain(value):
             if getattr(module.get_submodule(name), attribute) != value:
                 return False
         elif exact and getattr(module.get_submodule(name), attribute) is not value:
             return False
     return True
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, PRIMITIVES) or (isinstance(value, (tuple, list)) and all(map(_is_plain, value)))
 
 
 def merge_graph(graphs: Iterable[RegionGraph], new: RegionGraph) -> RegionGraph:

@@ -62,8 +62,10 @@ def budget_bytes_of(budget_gb: Any, device: torch.device) -> int:
     Raises ValueError for a budget that is not a positive finite number.
     """
     if budget_gb == "device":
-        if device.type != "cuda" or not torch.cuda.is_available():
+        if device.type != "cuda":
             raise ValueError(f'budget_gb="device" needs a CUDA device, and the model is planned for {device.type}')
+        if not torch.cuda.is_available():
+            raise ValueError('budget_gb="device" needs a CUDA device, and this machine has none: pass a number of GiB')
         return int(torch.cuda.get_device_properties(device).total_memory)
     if isinstance(budget_gb, bool) or not isinstance(budget_gb, (int, float)):
         raise ValueError(f'budget_gb must be a number of GiB or "device", got {budget_gb!r}')

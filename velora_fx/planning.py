@@ -10,9 +10,10 @@ import torch
 
 from velora_fx.analysis import Analysis, Sizes
 from velora_fx.candidates import Candidate
-from velora_fx.options import GIB, Options
+from velora_fx.options import Options
 from velora_fx.overhead import overhead_bytes
 from velora_fx.plans import BudgetError, Decision, Plan
+from velora_fx.report import in_units
 from velora_fx.solver import Item, choose
 from velora_fx.timeline import Peak
 
@@ -56,8 +57,12 @@ def _search(analysis: Analysis, budget_bytes: int | None) -> tuple[Sizes, Peak]:
         correction = planned.peak_bytes - estimate
     if best is not None:
         return best[1], best[2]
-    tightest = {candidate.key: candidate.sizes[-1] for candidate in candidates}
-    return tightest, analysis.simulate_plan(tightest) if tightest else analysis.baseline
+    return _tightest(analysis), analysis.simulate_plan(_tightest(analysis))
+
+
+def _tightest(analysis: Analysis) -> Sizes:
+    """Everything compressed as far as it can be."""
+    return {candidate.key: candidate.sizes[-1] for candidate in analysis.candidates}
 
 
 def _item(analysis: Analysis, candidate: Candidate) -> Item:
@@ -155,18 +160,18 @@ def _notes(analysis: Analysis, plan: Plan) -> list[str]:
             "does not lower it; a smaller optimizer state would (optimizer='sgd', an 8-bit optimizer)"
         )
     for name, reason in analysis.findings.failures.items():
-        notes.append(f"{name or 'the model'} could not be captured as one region and was taken apart: {reason}")
-    for name, count in analysis.findings.calls.items():
-        if count == 0:
-            notes.append(f"{name or 'the model'} was not called by the example inputs")
+        notes.append(f"{name or 'the model'} could not be captured as one region: {reason}")
+    if plan.budget_bytes is None:
+        smallest = analysis.simulate_plan(_tightest(analysis)).peak_bytes
+        notes.append(f"with everything compressed as far as possible the peak is {in_units(smallest)}")
     return notes
 
 
 def _unreachable(plan: Plan) -> str:
     assert plan.budget_bytes is not None
-    parts = ", ".join(f"{name} {size / GIB:.3g}" for name, size in plan.planned.breakdown.items() if size)
+    parts = ", ".join(f"{name} {in_units(size)}" for name, size in plan.planned.breakdown.items() if size)
     return (
-        f"no plan fits {plan.budget_bytes / GIB:.4g} GiB: the smallest peak that can be reached is "
-        f"{plan.planned.peak_bytes / GIB:.4g} GiB ({parts} GiB, at the {plan.planned.moment}). "
+        f"no plan fits {in_units(plan.budget_bytes)}: the smallest peak that can be reached is "
+        f"{in_units(plan.planned.peak_bytes)} ({parts}, at the {plan.planned.moment}). "
         f"Try a larger budget, a smaller batch or sequence, gradient checkpointing, or an optimizer with less state"
     )

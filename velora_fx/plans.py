@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from velora_fx.report import render
@@ -103,10 +103,6 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         """The inverse of `to_json`; raises ValueError for text that is no plan."""
         return cls.from_dict(json.loads(text))
-
-    def named(self, model: str) -> Plan:
-        """The same plan under another model name."""
-        return replace(self, model=model)
 
 
 class BudgetError(ValueError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import textwrap
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -94,7 +95,7 @@ def import_path(path: str) -> Any:
     try:
         found = importlib.import_module(module)
     except Exception as error:
-        raise ValueError(f"{path!r}: importing {module!r} raised {type(error).__name__}: {error}") from error
+        raise ValueError(f"{path!r}: importing {module!r} raised {type(error).__name__}: {_brief(error)}") from error
     if not hasattr(found, name):
         raise ValueError(f"{path!r}: the module {module} has no {name!r}")
     return getattr(found, name)
@@ -108,7 +109,7 @@ def _from_factory(path: str) -> tuple[torch.nn.Module, Any]:
         with torch.device("meta"):
             result = factory()
     except Exception as error:
-        raise ValueError(f"the factory {path!r} raised {type(error).__name__}: {error}") from error
+        raise ValueError(f"the factory {path!r} raised {type(error).__name__}: {_brief(error)}") from error
     made, inputs = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     if not isinstance(made, torch.nn.Module):
         raise ValueError(
@@ -170,7 +171,7 @@ def _config(model: str) -> Any:
         return auto_config.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         where = "" if _is_path(model) else " from the hub"
-        raise ValueError(f"the config of {model!r} cannot be read{where}: {_first_line(error)}") from error
+        raise ValueError(f"the config of {model!r} cannot be read{where}: {_brief(error)}") from error
 
 
 def _from_config(config: Any, model: str, dtype: torch.dtype) -> torch.nn.Module:
@@ -183,7 +184,7 @@ def _from_config(config: Any, model: str, dtype: torch.dtype) -> torch.nn.Module
         with torch.device("meta"):
             made = made_by.from_config(config, dtype=dtype)
     except Exception as error:
-        raise ValueError(f"{auto_class} cannot make {model!r}: {_first_line(error)}") from error
+        raise ValueError(f"{auto_class} cannot make {model!r}: {_brief(error)}") from error
     assert isinstance(made, torch.nn.Module)
     return made
 
@@ -231,5 +232,5 @@ def _length(config: Any, seq_len: int | None) -> int:
     return seq_len or min(longest or LONGEST_DEFAULT, LONGEST_DEFAULT)
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def _brief(error: Exception) -> str:
+    return textwrap.shorten(str(error) or type(error).__name__, 240, placeholder=" ...")

@@ -28,22 +28,25 @@ def render(plan: Plan) -> str:
 
 
 def _header(plan: Plan) -> str:
-    before, after = _bytes(plan.baseline.peak_bytes), _bytes(plan.planned.peak_bytes)
-    peaks = f"{before} -> {after}" if plan.compressed else before
+    after = in_units(plan.planned.peak_bytes)
+    peaks = f"{after}, at the {plan.planned.moment}"
+    if plan.compressed:
+        elsewhere = f", at the {plan.baseline.moment}," if plan.baseline.moment != plan.planned.moment else ""
+        peaks = f"{in_units(plan.baseline.peak_bytes)}{elsewhere} -> {peaks}"
     lines = [
         ("model", plan.model),
         ("step", f"{plan.target} on {plan.device}, optimizer {plan.optimizer}"),
-        ("budget", "none given" if plan.budget_bytes is None else _bytes(plan.budget_bytes)),
-        ("predicted peak", f"{peaks}, at the {plan.planned.moment}"),
+        ("budget", "none given" if plan.budget_bytes is None else in_units(plan.budget_bytes)),
+        ("predicted peak", peaks),
     ]
     if plan.budget_bytes is not None:
-        margin = _bytes(abs(plan.budget_bytes - plan.planned.peak_bytes))
+        margin = in_units(abs(plan.budget_bytes - plan.planned.peak_bytes))
         if plan.fits:
             lines.append(("verdict", f"fits, {margin} to spare"))
         else:
             lines.append(("verdict", f"DOES NOT FIT: the smallest reachable peak is {after}, {margin} over the budget"))
     if plan.compressed:
-        count = sum(len(decision.consumers) for decision in plan.compressed)
+        count = len({name.partition("#")[0] for decision in plan.compressed for name in decision.consumers})
         lines.append(("approximate", f"gradients of {count} weights (projection {plan.projection}, seed {plan.seed})"))
     return tabulate(lines, tablefmt="plain", disable_numparse=True)
 
@@ -56,7 +59,7 @@ def _memory(plan: Plan) -> str:
     rows.append(("total", before.peak_bytes, after.peak_bytes))
     columns = 3 if plan.compressed else 2
     headers = ("at the peak", "before", "after") if plan.compressed else ("at the peak", "bytes")
-    cells = [(name, _bytes(old), _bytes(new))[:columns] for name, old, new in rows]
+    cells = [(name, in_units(old), in_units(new))[:columns] for name, old, new in rows]
     return tabulate(cells, headers, colalign=("left", "right", "right")[:columns], disable_numparse=True)
 
 
@@ -66,7 +69,7 @@ def _decisions(plan: Plan) -> str:
     for text, count in collapse("\t".join(_cells(decision)) for decision in plan.decisions):
         where, *cells, before, after = text.split("\t")
         where = where if count == 1 else f"{where} x{count}"
-        rows.append((where, *cells, _bytes(int(before) * count), _bytes(int(after) * count)))
+        rows.append((where, *cells, in_units(int(before) * count), in_units(int(after) * count)))
     tensors = [(LAYERS.sub("", where), *same) for where, *same, _, _, _ in rows]
     rows = [row for tensor in dict.fromkeys(tensors) for row, own in zip(rows, tensors, strict=True) if own == tensor]
     headers = ("where", "input of", "shape", "dtype", "action", "saved before", "after")
@@ -186,5 +189,6 @@ def _ranges(numbers: Numbers) -> str:
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def _bytes(size: int) -> str:
+def in_units(size: int) -> str:
+    """A number of bytes in the largest binary unit that it fills: "1.50 GiB"."""
     return next((f"{size / unit:.2f} {name}" for unit, name in UNITS if size >= unit), f"{size} B")

@@ -1,0 +1,236 @@
+"""The command line, called in process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from velora_fx.cli import main
+from velora_fx.plans import Plan
+from velora_fx.timeline import CATEGORIES
+
+ROOT = Path(__file__).parents[1]
+GIB = 2**30
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+ENOUGH, TIGHT, TOO_LITTLE = "1", "0.0041", "0.0001"
+NET = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)) for _ in range(3)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+def make():
+    return Net(), {"x": torch.randn(4, 16, 32)}
+
+def raising():
+    raise RuntimeError("no luck\\nat all")
+
+def mismatched():
+    return Net(), {"x": torch.randn(4, 16, 33)}
+"""
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> list[str]:
+    """The arguments for a tiny Llama on CPU, 8 x 32 tokens."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIG))
+    shape = ["--batch-size", "8", "--seq-len", "32", "--dtype", "float32"]
+    return ["--model", str(path), *shape, "--device", "cpu", "--optimizer", "sgd"]
+
+
+@pytest.fixture
+def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module of factories in the current folder."""
+    name = f"net_of_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(NET)
+    monkeypatch.chdir(tmp_path)
+    return name
+
+
+def test_json_is_one_object_with_the_promised_keys(llama: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*llama, "--budget-gb", TIGHT, "--json"]) == 0
+    out, err = capsys.readouterr()
+    data = json.loads(out)
+    assert err == ""
+    assert (data["schema"], data["model"], data["target"], data["fits"]) == (1, llama[1], "eager", True)
+    assert data["budget_bytes"] == int(float(TIGHT) * GIB)
+    for peak in (data["baseline"], data["planned"]):
+        assert set(peak["breakdown"]) == set(CATEGORIES)
+        assert peak["peak_bytes"] == sum(peak["breakdown"].values())
+    assert data["planned"]["peak_bytes"] <= data["budget_bytes"] < data["baseline"]["peak_bytes"]
+    keys = {
+        "region",
+        "tensor",
+        "consumers",
+        "shape",
+        "dtype",
+        "action",
+        "sub_token_size",
+        "bytes_before",
+        "bytes_after",
+    }
+    assert all(set(decision) == keys for decision in data["decisions"])
+    assert {decision["action"] for decision in data["decisions"]} == {"keep", "compress"}
+    assert all(set(skipped) == {"module", "reason"} for skipped in data["skipped"])
+
+
+def test_the_report_is_that_of_the_plan_in_the_json(llama: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*llama, "--budget-gb", ENOUGH]) == 0
+    report = capsys.readouterr().out
+    assert main([*llama, "--budget-gb", ENOUGH, "--json"]) == 0
+    assert report == f"{Plan.from_json(capsys.readouterr().out)}\n"
+    assert "fits" in report
+
+
+def test_without_a_budget_the_step_is_shown_as_it_is_with_the_reach_of_compression(
+    llama: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*llama, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["budget_bytes"] is None
+    assert data["planned"] == data["baseline"]
+    assert {decision["action"] for decision in data["decisions"]} == {"keep"}
+    assert data["notes"][0] == "planned for input_ids [8, 32], labels [8, 32]; 135,616 parameters in float32"
+    assert data["notes"][1].startswith("with everything compressed as far as possible the peak is ")
+
+
+def test_a_budget_that_cannot_be_met_gives_the_tightest_plan_and_exit_code_1(
+    llama: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*llama, "--budget-gb", TOO_LITTLE, "--json"]) == 1
+    out, err = capsys.readouterr()
+    data = json.loads(out)
+    assert not data["fits"]
+    assert data["budget_bytes"] < data["planned"]["peak_bytes"] < data["baseline"]["peak_bytes"]
+    assert err.count("\n") == 1 and "the smallest peak that can be reached is" in err
+
+
+def test_a_budget_that_cannot_be_met_is_said_in_the_report(
+    llama: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*llama, "--budget-gb", TOO_LITTLE]) == 1
+    assert "DOES NOT FIT: the smallest reachable peak is" in capsys.readouterr().out
+
+
+def test_the_options_reach_the_plan(llama: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--budget-gb", TIGHT, "--sub-token-sizes", "16,32", "--projection", "batch_mean", "--seed", "5"]
+    options += ["--optimizer", "torch.optim:Adagrad", "--dtype", "bfloat16", "--device", "cuda"]
+    assert main([*llama, *options, "--json"]) == 1
+    data = json.loads(capsys.readouterr().out)
+    assert (data["projection"], data["seed"], data["optimizer"], data["device"]) == ("batch_mean", 5, "Adagrad", "cuda")
+    assert {decision["sub_token_size"] for decision in data["decisions"]} == {32}
+    assert {decision["dtype"] for decision in data["decisions"]} == {"bfloat16"}
+
+
+def test_a_preset_is_planned_for_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", "llama-60m", "--seq-len", "128", "--budget-gb", "80"]) == 0
+    assert "model.layers.0-7 x8" in capsys.readouterr().out
+
+
+def test_a_factory_in_the_current_folder_is_planned_for(net: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = list(sys.path)
+    assert main(["--model", f"{net}:make", "--device", "cpu", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert [decision["consumers"] for decision in data["decisions"]][:2] == [["layers.0.2"], ["layers.1.0"]]
+    assert sys.path == path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: --model"),
+        (["--model", "llama-8b"], "unknown model 'llama-8b': pass one of the presets llama-60m, llama-130m"),
+        (["--model", "llama-60m", "--budget-gb", "0"], "budget_gb must be a positive number of GiB, got 0.0"),
+        (["--model", "llama-60m", "--budget-gb", "nan"], "budget_gb must be a positive number of GiB, got nan"),
+        (["--model", "llama-60m", "--budget-gb", "24GB"], "budget_gb must be a number of GiB"),
+        (["--model", "llama-60m", "--batch-size", "0"], "batch_size must be a positive integer, got 0"),
+        (["--model", "llama-60m", "--batch-size", "two"], "argument --batch-size: invalid int value: 'two'"),
+        (["--model", "llama-60m", "--sub-token-sizes", "16;32"], "--sub-token-sizes must be integers such as 16,32"),
+        (["--model", "llama-60m", "--sub-token-sizes", "1"], "sub_token_sizes must be integers of at least 2"),
+        (["--model", "llama-60m", "--optimizer", "lion"], "optimizer must be 'adamw', 'sgd', 'none'"),
+        (["--model", "llama-60m", "--optimizer", "torch.optim:Lion"], "the module torch.optim has no 'Lion'"),
+        (["--model", "llama-60m", "--dtype", "float8"], "argument --dtype: invalid choice: 'float8'"),
+        (["--model", "missing/config.json"], "there is no config file missing/config.json"),
+        (["--model", "no_such_package:make"], "importing 'no_such_package' raised ModuleNotFoundError"),
+    ],
+)
+def test_bad_input_is_one_line_on_stderr_and_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("velora-plan: ") and message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("raising", "raised RuntimeError: no luck at all"),
+        ("mismatched", "raised RuntimeError: "),
+        ("none", "has no 'none'"),
+    ],
+)
+def test_a_factory_or_model_that_fails_is_one_line_on_stderr_and_exit_code_2(
+    net: str, factory: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--model", f"{net}:{factory}", "--device", "cpu"]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_without_transformers_a_preset_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(["--model", "llama-60m"]) == 2
+    assert 'pip install "velora-fx[demo]"' in capsys.readouterr().err
+
+
+def test_an_error_of_the_library_keeps_its_traceback_and_is_no_verdict(
+    llama: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise AssertionError("a bug")
+
+    monkeypatch.setattr("velora_fx.plan", broken)
+    assert main(llama) == 3
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_planning_changes_no_random_state(net: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = torch.get_rng_state()
+    assert main(["--model", f"{net}:make", "--device", "cpu"]) == 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_tool_works_from_a_bare_checkout_in_any_folder(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "plan.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr == ""
+    assert "examples:" in done.stdout and "exit codes:" in done.stdout
