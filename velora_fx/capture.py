@@ -72,8 +72,8 @@ def capture(
             for slot, tensor in zip(slots, ts[len(state) :], strict=True):
                 filled[slot] = tensor
             call_args, call_kwargs = unflatten(structure, filled)
-            named = dict(zip(state, ts, strict=False))
-            output = torch.func.functional_call(module, named, call_args, call_kwargs)
+            named = {f"inner.{name}": tensor for name, tensor in zip(state, ts, strict=False)}
+            output = torch.func.functional_call(_ForwardOnly(module), named, call_args, call_kwargs)
             result["outputs"], result["leaves"] = flatten(output)
             return [leaf for leaf in result["leaves"] if isinstance(leaf, (torch.Tensor, torch.SymInt))]
 
@@ -94,6 +94,17 @@ def capture(
     gm = _plain_graph_module(program, list(state))
     guards = _guards(program, gm, len(state))
     return Captured(gm, result["outputs"], tuple(constants), tuple(output_slots), guards, frozenset(reads))
+
+
+class _ForwardOnly(torch.nn.Module):
+    """Calls the forward of a module without the hooks on it, which stay outside of the graph (FSDP2's would reshard)."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner.forward(*args, **kwargs)
 
 
 def _fakes(tensors: list[torch.Tensor]) -> list[torch.Tensor]:

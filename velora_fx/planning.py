@@ -159,6 +159,8 @@ def _notes(analysis: Analysis, plan: Plan) -> list[str]:
             "the peak is the optimizer step: what is kept for backward is gone by then, so compressing activations "
             "does not lower it; a smaller optimizer state would (optimizer='sgd', an 8-bit optimizer)"
         )
+    if plan.compressed and analysis.findings.empty_caches:
+        notes.append("compressed blocks are passed None for an empty key-value cache: in training it is never read")
     for name, reason in analysis.findings.failures.items():
         notes.append(f"{name or 'the model'} could not be captured as one region: {reason}")
     if plan.budget_bytes is None:

@@ -29,12 +29,16 @@ class Use:
 
 @dataclass
 class Findings:
-    """What the trial step found: the graphs of each region by its name, products, failures, and saved tensors."""
+    """What the trial step found: the graphs of each region by its name, products, failures, and saved tensors.
+
+    `calls` counts each region's calls; `empty_caches` tells whether any was given a key-value cache to fill.
+    """
 
     graphs: dict[str, list[RegionGraph]] = field(default_factory=dict)
     uses: dict[tuple[str, str], Use] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
+    empty_caches: bool = False
     savings: tuple[Saving, ...] = ()
     last_uses: dict[int, int] = field(default_factory=dict)
     timeline: Timeline | None = None
@@ -86,6 +90,8 @@ class _Probe:
 
     def graph_and_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[RegionGraph, list[Any]]:
         call = make_call(self.block, args, kwargs)
+        given, passed = [*args, *kwargs.values()], [*call.args, *call.kwargs.values()]
+        self.findings.empty_caches |= any(a is not b for a, b in zip(given, passed, strict=True))
         key = key_of(call)
         graph = find_graph(self.library, call, key, exact=True)
         if graph is None:

@@ -1,0 +1,101 @@
+"""Two ranks over gloo on one machine."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import velora_fx
+from tests.gradients import compressed_weights, rebuilt_inputs, regions_of, tightest
+from tests.toys import stack
+
+
+def without_dropout() -> nn.Module:
+    model = stack()
+    for block in model.blocks:
+        block.dropout.p = 0.0
+    return model
+
+
+def on_two_ranks(work: Callable[[int], None]) -> None:
+    """Runs `work(rank)` in two processes with a gloo group between them; an assertion that fails there fails here."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, (str(Path(folder) / "store"), work), nprocs=2)  # type: ignore[no-untyped-call]
+
+
+def _rank(rank: int, store: str, work: Callable[[int], None]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    try:
+        work(rank)
+    finally:
+        dist.destroy_process_group()
+
+
+def joined_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The gradients of one process on both ranks' batches."""
+    reference = without_dropout()
+    with rebuilt_inputs(reference, compressed_weights(model)):
+        (reference(batch(0)) + reference(batch(1))).div(2).backward()
+    return {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
+
+
+def batch(rank: int) -> torch.Tensor:
+    return torch.randn(4, 8, 32, generator=torch.Generator().manual_seed(rank))
+
+
+def ddp(rank: int) -> None:
+    model = without_dropout()
+    velora_fx.optimize(model, plan=tightest(model, (batch(rank),)), example_inputs=(batch(rank),))
+    wrapped = DistributedDataParallel(model)
+    wrapped(batch(rank)).backward()
+    assert velora_fx.plan_of(wrapped).compressed
+    for name, expected in joined_gradients(model).items():
+        torch.testing.assert_close(model.get_parameter(name).grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def fsdp2(rank: int) -> None:
+    model = without_dropout()
+    velora_fx.optimize(model, plan=tightest(model, (batch(rank),)), example_inputs=(batch(rank),))
+    expected = joined_gradients(model)
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    model(batch(rank)).backward()
+    assert len(regions_of(model)) == 4
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-6)
+
+
+def batch_mean(rank: int) -> None:
+    model = without_dropout()
+    plan = tightest(model, (batch(rank),), projection="batch_mean")
+    velora_fx.optimize(model, plan=plan, example_inputs=(batch(rank),))
+    mine = torch.cat([v.flatten() for region in regions_of(model) for v in region.projections.values()])
+    both = [torch.empty_like(mine) for _ in range(2)]
+    dist.all_gather(both, mine)
+    assert torch.equal(*both)
+    v = compressed_weights(model)["blocks.0.up.weight"].double()
+    sub_tokens = nn.functional.layer_norm(batch(0), (32,)).double().reshape(-1, v.shape[1])
+    mean = sub_tokens.mean(0)
+    torch.testing.assert_close(v, (mean / mean.norm()).expand_as(v), rtol=1e-5, atol=1e-5)
+
+
+def test_ddp_averages_the_gradients_of_both_ranks() -> None:
+    on_two_ranks(ddp)
+
+
+def test_fsdp2_shards_the_gradients_of_both_ranks() -> None:
+    on_two_ranks(fsdp2)
+
+
+def test_all_ranks_take_the_projections_of_rank_zeros_batch() -> None:
+    on_two_ranks(batch_mean)
