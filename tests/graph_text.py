@@ -66,7 +66,7 @@ def operations(gm: GraphModule) -> Counter[str]:
 
 
 def gradients(y: Tensor, module: nn.Module, *tensors: Tensor) -> list[Tensor | None]:
-    """Gradients of the module's parameters, then of the tensors, for an upstream gradient that is the same at each call."""
+    """Gradients of the module's parameters, then of the tensors, for an upstream that is the same at each call."""
     wanted = [t for t in (*module.parameters(), *tensors) if t.requires_grad]
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
     return list(torch.autograd.grad(y, wanted, upstream, allow_unused=True))

@@ -97,7 +97,7 @@ def capture(
 
 
 class _ForwardOnly(torch.nn.Module):
-    """Calls the forward of a module without the hooks on it, which stay outside of the graph (FSDP2's would reshard)."""
+    """Calls the forward of a module without the hooks on it: they stay outside of the graph (FSDP2's would reshard)."""
 
     def __init__(self, inner: torch.nn.Module) -> None:
         super().__init__()

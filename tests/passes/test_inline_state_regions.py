@@ -6,6 +6,7 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from tests.graph_text import call, gradients, graph_text, operations, prepared, same
 from velora_fx.capture import CaptureError, capture, state_of
@@ -101,7 +102,13 @@ class Inner(Pair):
 STRETCHES = (
     Detached, EnabledInside, FullPrecision, LowPrecision, Nested, LowPrecisionDetached, TwoResults, Inner,
 )  # fmt: skip
-stretches = pytest.mark.parametrize("kind", STRETCHES, ids=lambda kind: kind.__name__)
+
+
+@pytest.fixture(scope="module", params=STRETCHES, ids=lambda kind: kind.__name__)
+def stretch(request: pytest.FixtureRequest) -> tuple[Pair, GraphModule]:
+    """A module with a stretch, and its graph captured with four rows."""
+    module = request.param()
+    return module, prepared(module, rows(4))
 
 
 def rows(count: int = 4) -> Tensor:
@@ -200,11 +207,10 @@ return (%5)""",
     )
 
 
-@stretches
 @pytest.mark.parametrize("ambient", [False, True], ids=["no autocast", "autocast"])
-def test_output_and_gradients_are_bit_equal_to_eager_at_another_batch_size(kind, ambient):
-    module, x = kind(), rows(7)
-    gm = prepared(module, rows(4))
+def test_output_and_gradients_are_bit_equal_to_eager_at_another_batch_size(stretch, ambient):
+    module, gm = stretch
+    x = rows(7)
     with torch.autocast("cpu", torch.bfloat16, enabled=ambient):
         ours, eager = call(gm, module, x), module(x)
     assert ours.dtype == eager.dtype and torch.equal(ours, eager)
@@ -218,44 +224,39 @@ def test_no_gradient_flows_out_of_a_no_grad_stretch():
     assert of_b_weight is not None
 
 
-@stretches
-def test_grad_mode_and_autocast_are_the_callers_again_after_the_graph(kind):
-    module, x = kind(), rows()
-    gm = prepared(module, x)
+def test_grad_mode_and_autocast_are_the_callers_again_after_the_graph(stretch):
+    module, gm = stretch
     with torch.autocast("cpu", torch.float16, enabled=False):
-        call(gm, module, x)
+        call(gm, module, rows())
         assert torch.is_grad_enabled()
         assert not torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.float16
 
 
-@stretches
-def test_the_grad_mode_of_the_caller_does_not_change_what_is_captured(kind):
-    x = rows()
+def test_the_grad_mode_of_the_caller_does_not_change_what_is_captured(stretch):
+    module, gm = stretch
     with torch.no_grad():
-        captured_without_gradients = prepared(kind(), x)
-    assert graph_text(captured_without_gradients) == graph_text(prepared(kind(), x))
+        captured_without_gradients = prepared(module, rows())
+    assert graph_text(captured_without_gradients) == graph_text(gm)
 
 
-@stretches
-def test_dynamo_traces_the_graph_again_with_free_sizes(kind):
+def test_dynamo_traces_the_graph_again_with_free_sizes(stretch):
     torch._dynamo.reset()
-    module = kind()
-    step = torch.compile(prepared(module, rows(4)), backend="eager", fullgraph=True, dynamic=True)
+    module, gm = stretch
+    step = torch.compile(gm, backend="eager", fullgraph=True, dynamic=True)
     for x in (rows(4), rows(7)):
         ours, eager = step(*state_of(module).values(), x)[0], module(x)
         assert torch.equal(ours, eager)
         assert same(gradients(ours, module, x), gradients(eager, module, x))
 
 
-@stretches
-def test_nothing_is_left_of_the_wrapped_bodies(kind):
-    gm = prepared(kind(), rows())
+def test_nothing_is_left_of_the_wrapped_bodies(stretch):
+    _, gm = stretch
     assert not any(name.startswith("wrap_with") for name in operations(gm))
     assert [node.target for node in gm.graph.nodes if node.op == "get_attr"] == []
     assert list(gm.children()) == []
 
 
-@stretches
+@pytest.mark.parametrize("kind", [Detached, Nested], ids=lambda kind: kind.__name__)
 def test_the_graphs_of_two_equal_modules_have_the_same_text(kind):
     """Blocks share a graph by this text."""
     texts = []
@@ -266,9 +267,8 @@ def test_the_graphs_of_two_equal_modules_have_the_same_text(kind):
     assert texts[0] is not None and texts[0] == texts[1]
 
 
-@stretches
-def test_a_second_run_changes_nothing(kind):
-    gm = prepared(kind(), rows())
+def test_a_second_run_changes_nothing(stretch):
+    _, gm = stretch
     once = graph_text(gm)
     assert graph_text(run(gm, PREPARE)) == once
 
