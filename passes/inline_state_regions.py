@@ -33,7 +33,7 @@ def inline_state_regions(gm: GraphModule) -> GraphModule:
                 gm.graph.call_function(torch._C._set_grad_enabled, (enabled,))
                 outputs = _inline(gm, _submodule(gm, body), inputs)
                 gm.graph.call_function(torch._C._set_grad_enabled, (not enabled,))
-            _replace_outputs(gm, node, outputs)
+            _replace_outputs(gm, node, body, outputs)
         elif node.target is torch.ops.higher_order.wrap_with_autocast:
             device_type, dtype, enabled, cache_enabled, body, *inputs = node.args
             with gm.graph.inserting_before(node):
@@ -42,7 +42,7 @@ def inline_state_regions(gm: GraphModule) -> GraphModule:
                 )
                 outputs = _inline(gm, _submodule(gm, body), inputs)
                 gm.graph.call_function(torch.amp.autocast_mode._exit_autocast, (mode,))
-            _replace_outputs(gm, node, outputs)
+            _replace_outputs(gm, node, body, outputs)
     return gm
 
 
@@ -84,8 +84,11 @@ def _attribute(module: torch.nn.Module, dotted: str) -> Any:
     return value
 
 
-def _replace_outputs(gm: GraphModule, node: Node, outputs: Any) -> None:
+def _replace_outputs(gm: GraphModule, node: Node, body: Any, outputs: Any) -> None:
     for user in list(node.users):
         user.replace_all_uses_with(outputs[user.args[1]])
         gm.graph.erase_node(user)
     gm.graph.erase_node(node)
+    if not body.users:
+        gm.graph.erase_node(body)
+        gm.delete_submodule(str(body.target))

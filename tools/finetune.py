@@ -39,6 +39,7 @@ import velora_fx
 GIB, MIB = 2**30, 2**20
 HEAD_SIZE = 64
 BUDGET_SHARE = 0.3  # of the way from the smallest reachable peak to that of the untouched model
+Texts = list[Tensor]  # batches [batch_size, seq_len] of bytes
 HELD_OUT_BATCHES, LAST_STEPS = 8, 10
 
 EXAMPLES = """\
@@ -51,7 +52,7 @@ examples:
     python tools/finetune.py --budget-gb 0.56
   Is it the learning rate? Give both runs the same one:
     python tools/finetune.py --lr 1e-3 --velora-lr 1e-3
-  A GPU: 470 million parameters in bfloat16, compiled, the numbers kept for a plot:
+  A GPU: 480 million parameters in bfloat16, compiled, the numbers kept for a plot:
     python tools/finetune.py --device cuda --dtype bfloat16 --compile --layers 24 --heads 20 \\
         --batch-size 16 --seq-len 1024 --lr 2e-4 --velora-lr 4e-4 --steps 200 --json run.json"""
 
@@ -121,12 +122,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def load_batches(args: argparse.Namespace) -> tuple[list[Tensor], list[Tensor]]:
+def load_batches(args: argparse.Namespace) -> tuple[Texts, Texts]:
     """A batch [batch_size, seq_len] of bytes for each step, and some of the files held out, which are every tenth."""
     files = [file.read_bytes() for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
     train_files = [file for index, file in enumerate(files) if index % 10]
     generator = torch.Generator().manual_seed(args.seed)
-    batches: list[list[Tensor]] = []
+    batches: list[Texts] = []
     for part, count in ((train_files, args.steps), (files[::10], HELD_OUT_BATCHES)):
         text = torch.frombuffer(bytearray(b"".join(part)), dtype=torch.uint8)
         starts = torch.randint(len(text) - args.seq_len, (count, args.batch_size, 1), generator=generator)
@@ -137,10 +138,9 @@ def load_batches(args: argparse.Namespace) -> tuple[list[Tensor], list[Tensor]]:
 def make_model(args: argparse.Namespace, learning_rate: float) -> tuple[torch.nn.Module, Optimizer]:
     """A Llama over bytes, the same for the same seed, and its optimizer."""
     torch.manual_seed(args.seed)
-    width = args.heads * HEAD_SIZE
-    sizes = {"hidden_size": width, "intermediate_size": -(-width * 8 // 3 // 64) * 64, "vocab_size": 256}
-    depth = {"num_hidden_layers": args.layers, "num_attention_heads": args.heads}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **depth))
+    sizes = {"hidden_size": args.heads * HEAD_SIZE, "intermediate_size": -(-args.heads * 8 // 3) * HEAD_SIZE}
+    counts = {"num_hidden_layers": args.layers, "num_attention_heads": args.heads, "vocab_size": 256}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **counts))
     # At the default of 0.02 the embeddings drown in what the first layers add to them, and the loss stalls.
     torch.nn.init.normal_(model.model.embed_tokens.weight)
     model.to(args.device, getattr(torch, args.dtype)).train()
@@ -163,20 +163,18 @@ def choose_budget(args: argparse.Namespace, example: dict[str, Tensor]) -> float
     return float(args.budget_gb)
 
 
-def train(
-    name: str, model: Any, optimizer: Optimizer, data: list[Tensor], held_out: list[Tensor], compiled: bool
-) -> Run:
+def train(name: str, model: Any, optimizer: Optimizer, texts: Texts, held_out: Texts, compiled: bool) -> Run:
     """Trains on one batch after the other; the step in the middle has its memory measured."""
     gc.collect()
-    warmup = LinearLR(optimizer, start_factor=0.1, total_iters=max(1, len(data) // 10))
+    warmup = LinearLR(optimizer, start_factor=0.1, total_iters=max(1, len(texts) // 10))
     runner = torch.compile(model, fullgraph=True) if compiled else model
     before = evaluate(model, held_out)
     losses, seconds, peaks = [], [], list[int]()
-    for index, text in enumerate(tqdm(data, desc=name, disable=None)):
+    for index, text in enumerate(tqdm(texts, desc=name, disable=None)):
         ids = text.to(model.device)
         optimizer.zero_grad(set_to_none=True)
         start = time.perf_counter()
-        with measured(peaks, model, optimizer, ids) if index == len(data) // 2 else nullcontext():
+        with measured(peaks, model, optimizer, ids) if index == len(texts) // 2 else nullcontext():
             loss = runner(input_ids=ids, labels=ids).loss
             loss.backward()
             optimizer.step()
@@ -188,7 +186,7 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(model: Any, held_out: list[Tensor]) -> float:
+def evaluate(model: Any, held_out: Texts) -> float:
     """The mean loss."""
     model.eval()
     losses = [float(model(input_ids=ids, labels=ids).loss) for ids in (text.to(model.device) for text in held_out)]
@@ -240,10 +238,10 @@ def report(args: argparse.Namespace, dense: Run, velora: Run, plan: velora_fx.Pl
     print(tabulate(rows, ("", "dense", "velora_fx"), colalign=("left", "right", "right"), disable_numparse=True))
     print(
         f"\nmemory: the measured peak is {1 - velora.peaks[0] / dense.peaks[0]:.1%} lower\n"
-        f"time:   {velora.step_seconds / dense.step_seconds:.2f} of the dense step's (the fastest step of each run)\n"
-        f"loss:   equal bit for bit at the first step, for the forward is exact: {dense.losses[0] == velora.losses[0]}\n"
-        "rates:  approximate gradients want a higher one, so each run has its own, by default the best of four for the\n"
-        "        default settings; so short a run shows that both models learn, not which one ends lower"
+        f"time:   {velora.step_seconds / dense.step_seconds:.2f} of a dense step's (fair on an idle machine only)\n"
+        f"loss:   bit-equal at the first step, for the forward is exact: {dense.losses[0] == velora.losses[0]}\n"
+        "rates:  approximate gradients want a higher one, so each run has its own, by default the best of four;\n"
+        "        so short a run shows that both models learn, not which one ends lower"
     )
 
 

@@ -136,12 +136,29 @@ def _own_forward(module: torch.nn.Module, forward: Callable[..., Any] | None) ->
     stand_in = vars(module).pop("forward", None)
     if forward is not None:
         module.forward = forward
+    before = {name: (child, dict(vars(child))) for name, child in module.named_modules()}
+    changed: list[str] = []
     try:
         yield
     finally:
+        for name, (child, attributes) in before.items():
+            changed += [
+                f"{name}.{key}".lstrip(".") for key, value in vars(child).items() if _is_new(attributes, key, value)
+            ]
+            vars(child).clear()
+            vars(child).update(attributes)
         vars(module).pop("forward", None)
         if stand_in is not None:
             module.forward = stand_in
+    if changed:
+        raise CaptureError(f"its forward sets the attribute {changed[0]}, which a graph would not do")
+
+
+def _is_new(attributes: dict[str, Any], key: str, value: Any) -> bool:
+    if key not in attributes:
+        return True
+    old = attributes[key]
+    return value is not old and (isinstance(value, torch.Tensor) or type(value) is not type(old) or bool(value != old))
 
 
 @contextlib.contextmanager

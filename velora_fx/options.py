@@ -38,15 +38,22 @@ class Options:
         _one_of("projection", self.projection, PROJECTIONS)
         sizes = self.sub_token_sizes
         if sizes is not None and (
-            isinstance(sizes, (str, int)) or not sizes or any(type(size) is not int or size < 2 for size in sizes)
+            isinstance(sizes, (str, int, float))
+            or not sizes
+            or any(type(size) is not int or size < 2 for size in sizes)
         ):
             raise ValueError(f"sub_token_sizes must be integers of at least 2, for example (16, 32), got {sizes!r}")
+        functions: dict[str, Any] = {"filter_fn": self.filter_fn, "loss_fn": self.loss_fn}
+        for name, function in functions.items():
+            if function is not None and not callable(function):
+                signature = "filter_fn(module, name)" if name == "filter_fn" else "loss_fn(output)"
+                raise ValueError(f"{name} must be a function {signature}, got {function!r}")
         if type(self.seed) is not int:
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
         if self.device is not None:
             try:
                 kind = torch.device(self.device).type
-            except RuntimeError as error:
+            except (RuntimeError, TypeError) as error:
                 raise ValueError(f"device must be 'cpu' or 'cuda', got {self.device!r}") from error
             _one_of("device", kind, ("cpu", "cuda"))
 

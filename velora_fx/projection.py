@@ -17,8 +17,8 @@ def sign_projection(
     """
     name = ".".join(part for part in f"{region}.{tensor}".split(".") if part not in ("", "module", "_orig_mod"))
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    bits = torch.randint(0, 2, (num_groups, sub_token_size), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    bits = torch.randint(0, 2, (num_groups, sub_token_size), generator=generator, device="cpu")
     return (bits.to(dtype) * 2 - 1) / math.sqrt(sub_token_size)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -76,8 +77,9 @@ def choose(items: Sequence[Item], moments: Sequence[Moment], budget_bytes: int) 
         return None
     chosen = np.round(result.x).astype(int)
     levels = [int(chosen[starts[i] : starts[i + 1]].sum()) for i in range(len(items))]
-    if any(moment.bytes_at(items, levels) > budget_bytes for moment in binding):
-        return None
+    over = max(moment.bytes_at(items, levels) for moment in binding) - budget_bytes
+    if over > 0:  # within the solver's relative tolerance, but not to the byte
+        return choose(items, moments, budget_bytes - over - math.ceil(unit * 2e-6)) if over <= unit * 1e-5 else None
     return _trimmed(items, binding, budget_bytes, levels)
 
 

@@ -1,0 +1,134 @@
+"""Every bad value is refused with what was got and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import velora_fx
+from velora_fx.options import GIB, Options, budget_bytes_of, planning_device
+
+CPU = torch.device("cpu")
+BAD: tuple[tuple[str, Any, str], ...] = (
+    ("target", "inductr", "'eager'"),
+    ("target", None, "'eager'"),
+    ("gradients", "factored?", "'dense'"),
+    ("projection", "random", "'signs' or 'batch_mean'"),
+    ("projection", ["signs"], "'signs' or 'batch_mean'"),
+    ("sub_token_sizes", (), "integers of at least 2"),
+    ("sub_token_sizes", 32, "integers of at least 2"),
+    ("sub_token_sizes", "32", "integers of at least 2"),
+    ("sub_token_sizes", 32.0, "integers of at least 2"),
+    ("sub_token_sizes", (16, 1), "integers of at least 2"),
+    ("sub_token_sizes", (0,), "integers of at least 2"),
+    ("sub_token_sizes", (-4,), "integers of at least 2"),
+    ("sub_token_sizes", (16, 32.0), "integers of at least 2"),
+    ("sub_token_sizes", (True,), "integers of at least 2"),
+    ("seed", 1.0, "an integer"),
+    ("seed", None, "an integer"),
+    ("seed", True, "an integer"),
+    ("device", "gpu", "'cpu'"),
+    ("device", "mps", "'cpu' or 'cuda'"),
+    ("device", "meta", "'cpu' or 'cuda'"),
+    ("device", "xpu:0", "'cpu' or 'cuda'"),
+    ("device", ["cpu"], "'cpu' or 'cuda'"),
+    ("filter_fn", "lm_head", "filter_fn(module, name)"),
+    ("loss_fn", 1.0, "loss_fn"),
+)
+GOOD: tuple[tuple[str, Any], ...] = (
+    ("target", "eager"),
+    ("gradients", "dense"),
+    ("projection", "signs"),
+    ("projection", "batch_mean"),
+    ("sub_token_sizes", None),
+    ("sub_token_sizes", [2]),
+    ("sub_token_sizes", (32, 16, 32)),
+    ("seed", -(2**80)),
+    ("device", "cuda:1"),
+    ("device", torch.device("cpu")),
+)
+
+
+@pytest.mark.parametrize(("name", "value", "allowed"), BAD, ids=lambda value: repr(value))
+def test_a_bad_value_is_named_with_what_is_allowed(name, value, allowed):
+    with pytest.raises(ValueError) as caught:
+        Options(**{name: value})
+    message = str(caught.value)
+    assert message.startswith(name) and allowed in message
+    assert f"got {value!r}" in message
+
+
+@pytest.mark.parametrize(("name", "value"), GOOD, ids=lambda value: repr(value))
+def test_a_good_value_is_kept(name, value):
+    assert getattr(Options(**{name: value}), name) is value
+
+
+def test_a_device_that_cannot_be_planned_for_is_refused_as_an_object_too():
+    with pytest.raises(ValueError, match=r"device must be 'cpu' or 'cuda', got .*xpu"):
+        Options(device=torch.device("xpu"))
+
+
+def test_options_cannot_be_changed_after_the_check():
+    with pytest.raises(AttributeError):
+        Options().seed = 1.5  # type: ignore[misc]
+
+
+def test_options_are_given_by_name():
+    with pytest.raises(TypeError):
+        Options("adamw")  # type: ignore[misc]
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.floats(1e-6, 1e6) | st.integers(1, 10**6))
+def test_a_budget_is_in_units_of_two_to_the_thirty_bytes(budget):
+    got = budget_bytes_of(budget, CPU)
+    assert isinstance(got, int)
+    assert got <= budget * GIB < got + 1
+
+
+@pytest.mark.parametrize("budget", [0, -1, 0.0, -0.5, math.nan, math.inf, -math.inf])
+def test_a_budget_that_is_no_positive_number_is_refused(budget):
+    with pytest.raises(ValueError, match=r"budget_gb must be a positive number of GiB") as caught:
+        budget_bytes_of(budget, CPU)
+    assert repr(budget) in str(caught.value)
+
+
+@pytest.mark.parametrize("budget", [None, "24", "cpu", True, [24], torch.tensor(24.0)], ids=repr)
+def test_a_budget_that_is_no_number_is_refused(budget):
+    with pytest.raises(ValueError, match="budget_gb must be a number of GiB") as caught:
+        budget_bytes_of(budget, CPU)
+    assert repr(budget) in str(caught.value)
+
+
+def test_the_budget_of_the_device_needs_a_cuda_device():
+    with pytest.raises(ValueError, match="needs a CUDA device, and the model is planned for cpu"):
+        budget_bytes_of("device", CPU)
+
+
+def test_the_planned_device_is_the_models_own_by_default():
+    assert planning_device(nn.Linear(2, 2), Options()) == CPU
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2, device="meta"), nn.Identity()], ids=["meta", "no parameters"])
+def test_a_model_without_real_parameters_is_planned_for_the_cpu(model):
+    assert planning_device(model, Options()) == CPU
+
+
+def test_the_planned_device_can_be_chosen():
+    assert planning_device(nn.Linear(2, 2), Options(device="cuda")) == torch.device("cuda")
+
+
+@pytest.mark.parametrize(("name", "value", "allowed"), BAD[:4], ids=lambda value: repr(value))
+def test_the_public_functions_refuse_a_bad_value_before_they_touch_the_model(name, value, allowed):
+    model = nn.Linear(8, 8)
+    before = dict(vars(model))
+    for function in (velora_fx.optimize, velora_fx.plan):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            function(model, 1, torch.zeros(2, 8), **{name: value})
+    assert vars(model) == before

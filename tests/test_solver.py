@@ -1,0 +1,234 @@
+"""The solver's levels against every possible choice of levels on small instances."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from velora_fx.solver import Item, Moment, choose
+
+GAP = 1e-4  # of the optimal cost, as the solver promises; the trim afterwards only lowers it
+few = settings(max_examples=150, deadline=None, derandomize=True)
+Levels = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Instance:
+    items: tuple[Item, ...]
+    moments: tuple[Moment, ...]
+    budget: int
+
+    def cost(self, levels: Levels) -> float:
+        return sum(item.costs[level - 1] for item, level in zip(self.items, levels, strict=True) if level)
+
+    def peak(self, levels: Levels) -> int:
+        """The highest moment, counted storage by storage."""
+        highest = 0
+        for moment in self.moments:
+            saved = 0
+            for index, count in moment.alive:
+                for _ in range(count):
+                    saved += (0, *self.items[index].savings)[levels[index]]
+            highest = max(highest, moment.peak_bytes - saved)
+        return highest
+
+    def in_order(self, levels: Levels) -> bool:
+        """Items of one group, in the order given, are compressed less and less."""
+        groups: dict[object, list[int]] = {}
+        for item, level in zip(self.items, levels, strict=True):
+            groups.setdefault(item.group, []).append(level)
+        return all(earlier >= later for group in groups.values() for earlier, later in itertools.pairwise(group))
+
+    def allowed(self, levels: Levels) -> bool:
+        return self.in_order(levels) and self.peak(levels) <= self.budget
+
+    def all_allowed(self) -> Iterable[Levels]:
+        choices = itertools.product(*(range(len(item.savings) + 1) for item in self.items))
+        return (levels for levels in choices if self.allowed(levels))
+
+    def solved(self) -> Levels | None:
+        return choose(self.items, self.moments, self.budget)
+
+
+def growing(draw: st.DrawFn, length: int, largest: int) -> tuple[int, ...]:
+    steps = draw(st.lists(st.integers(1, largest), min_size=length, max_size=length))
+    return tuple(itertools.accumulate(steps))
+
+
+@st.composite
+def instances(draw: st.DrawFn, unit: int = 1) -> Instance:
+    """Up to five items in up to three groups, up to three levels, up to five moments; bytes are multiples of `unit`,
+    give or take one."""
+    kinds = []
+    for group in range(draw(st.integers(1, 3))):
+        length = draw(st.integers(1, 3))
+        savings = tuple(
+            unit * saving + (draw(st.integers(-1, 1)) if unit > 1 else 0) for saving in growing(draw, length, 20)
+        )
+        kinds.append(Item(f"group {group}", savings, tuple(map(float, growing(draw, length, 30)))))
+    items = tuple(draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=5)))
+    indices = st.lists(st.integers(0, len(items) - 1), unique=True)
+    moments = []
+    for _ in range(draw(st.integers(1, 5))):
+        alive = tuple((index, draw(st.integers(1, 2))) for index in sorted(draw(indices)))
+        most = sum(count * items[index].savings[-1] for index, count in alive)
+        moments.append(Moment(most + unit * draw(st.integers(0, 40)), alive))
+    highest = max(moment.peak_bytes for moment in moments)
+    least = max(moment.bytes_at(items, [len(item.savings) for item in items]) for moment in moments)
+    budget = least + (highest - least) * draw(st.integers(-2, 20)) // 20
+    instance = Instance(items, tuple(moments), budget)
+    if draw(st.booleans()):  # a budget that some choice meets to the byte, or misses by one
+        levels = tuple(draw(st.integers(0, len(item.savings))) for item in items)
+        instance = Instance(items, tuple(moments), instance.peak(levels) + draw(st.integers(-1, 0)))
+    return instance
+
+
+@few
+@given(instances())
+def test_there_are_levels_exactly_where_some_choice_fits(instance):
+    assert (instance.solved() is None) == (next(iter(instance.all_allowed()), None) is None)
+
+
+@few
+@given(instances())
+def test_the_levels_fit_the_budget_and_keep_the_order_of_each_group(instance):
+    levels = instance.solved()
+    assume(levels is not None)
+    assert len(levels) == len(instance.items)
+    assert instance.allowed(levels)
+
+
+@few
+@given(instances())
+def test_no_choice_costs_less(instance):
+    levels = instance.solved()
+    assume(levels is not None)
+    cheapest = min(map(instance.cost, instance.all_allowed()))
+    assert instance.cost(levels) <= cheapest * (1 + GAP) + 1e-9
+
+
+@few
+@given(instances())
+def test_no_item_could_be_compressed_less_by_itself(instance):
+    levels = instance.solved()
+    assume(levels is not None)
+    for index, level in enumerate(levels):
+        for lower in range(level):
+            assert not instance.allowed((*levels[:index], lower, *levels[index + 1 :]))
+
+
+@few
+@given(instances(), st.integers(0, 60))
+def test_a_larger_budget_never_costs_more(instance, more):
+    levels = instance.solved()
+    assume(levels is not None)
+    larger = Instance(instance.items, instance.moments, instance.budget + more)
+    with_more = larger.solved()
+    assert with_more is not None
+    assert larger.cost(with_more) <= instance.cost(levels) * (1 + GAP) + 1e-9
+
+
+@few
+@given(instances())
+def test_the_same_levels_come_out_twice(instance):
+    assert instance.solved() == instance.solved()
+
+
+@few
+@given(instances(unit=2**30))
+def test_gibibytes_are_counted_to_the_byte(instance):
+    """HiGHS works with a relative tolerance of 1e-6: a thousand bytes in each gibibyte."""
+    levels = instance.solved()
+    fitting = list(instance.all_allowed())
+    assert (levels is None) == (not fitting)
+    if levels is not None:
+        assert instance.allowed(levels)
+        assert instance.cost(levels) <= min(map(instance.cost, fitting)) * (1 + GAP) + 1e-9
+
+
+@pytest.mark.parametrize("short", [1, 1000])
+def test_a_level_that_is_some_bytes_short_is_not_enough(short):
+    gigabytes = 10**10
+    items = (Item("a", (gigabytes - short, gigabytes + 1), (1.0, 2.0)),)
+    assert choose(items, (Moment(2 * gigabytes, ((0, 1),)),), gigabytes) == (2,)
+
+
+def test_a_budget_that_needs_no_compression_gets_none():
+    items = (Item("a", (4,), (1.0,)), Item("b", (4,), (1.0,)))
+    assert choose(items, (Moment(10, ((0, 1), (1, 1))), Moment(7, ())), 10) == (0, 0)
+
+
+def test_a_moment_where_nothing_is_alive_cannot_be_lowered():
+    assert choose((Item("a", (4,), (1.0,)),), (Moment(10, ((0, 1),)), Moment(8, ())), 7) is None
+
+
+@pytest.mark.parametrize(("budget", "expected"), [(9, None), (10, ())])
+def test_without_items_the_moments_fit_or_do_not(budget, expected):
+    assert choose((), (Moment(10, ()),), budget) == expected
+
+
+def test_the_first_of_a_group_is_compressed_first():
+    items = tuple(Item("a", (4,), (1.0,)) for _ in range(4))
+    alive = tuple((index, 1) for index in range(4))
+    assert choose(items, (Moment(20, alive),), 12) == (1, 1, 0, 0)
+
+
+def test_items_of_different_groups_are_free_of_each_other():
+    items = (Item("a", (4,), (2.0,)), Item("b", (4,), (1.0,)))
+    assert choose(items, (Moment(10, ((0, 1), (1, 1))),), 6) == (0, 1)
+
+
+def test_a_storage_that_is_alive_twice_is_lowered_twice():
+    assert choose((Item("a", (4,), (1.0,)),), (Moment(10, ((0, 2),)),), 2) == (1,)
+
+
+def transformer(num_layers: int, sizes: Sequence[int]) -> tuple[tuple[Item, ...], tuple[Moment, ...]]:
+    """Four tensors a layer that live from the layer's forward to its backward, a moment at each change."""
+    widths = (4096, 4096, 11008, 4096)
+    items = tuple(
+        Item(
+            tensor,
+            tuple(width * 8192 * 2 * (size - 1) // size for size in sizes),
+            tuple(width * 4096 * math.log2(size) for size in sizes),
+        )
+        for tensor, width in enumerate(widths)
+        for _ in range(num_layers)
+    )
+    moments = []
+    for position in range(2 * num_layers * len(widths)):
+        layer = min(position, 2 * num_layers * len(widths) - 1 - position) // len(widths)
+        alive = tuple((tensor * num_layers + index, 1) for tensor in range(4) for index in range(layer + 1))
+        held = sum(items[index].savings[-1] for index, _ in alive)
+        moments.append(Moment(30 * 2**30 + 2 * held + 2**20 * (position % 7), alive))
+    return items, tuple(moments)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_a_model_of_ordinary_size_is_solved_within_the_promised_gap(share):
+    """12 layers of 4 tensors at 7 sizes; the linear relaxation by its groups bounds the optimum from below."""
+    items, moments = transformer(12, [2**power for power in range(1, 8)])
+    highest = max(moment.peak_bytes for moment in moments)
+    least = max(moment.bytes_at(items, [7] * len(items)) for moment in moments)
+    budget = int(highest - (highest - least) * share)
+    levels = choose(items, moments, budget)
+    assert levels is not None
+    assert Instance(items, moments, budget).allowed(levels)
+    top = max(moments, key=lambda moment: moment.peak_bytes)
+    needed, bound = top.peak_bytes - budget, 0.0
+    slopes = sorted(
+        ((item.costs[level] - (0, *item.costs)[level]) / (item.savings[level] - (0, *item.savings)[level]),
+         item.savings[level] - (0, *item.savings)[level])
+        for item in items
+        for level in range(7)
+    )  # fmt: skip
+    for slope, saving in slopes:
+        taken = min(saving, needed)
+        needed, bound = needed - taken, bound + slope * taken
+    largest_step = max(item.costs[0] for item in items)
+    assert bound * (1 - 1e-9) <= Instance(items, moments, budget).cost(levels) <= bound * (1 + GAP) + largest_step
