@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import Argument
 
+from velora_fx.passes.parameter_of import nodes_without_grad, operation_of, parameter_of
+
 aten = torch.ops.aten
-TRANSPOSES = (aten.t.default, aten.numpy_T.default, aten.transpose.int)
+# Names of operations that transpose a matrix; the last three take two dimensions, which may be one and the same.
+TRANSPOSES = ("t", "numpy_T", "mT", "transpose", "swapaxes", "swapdims")
 PRODUCTS = (aten.mm.default, aten.matmul.default)
 
 
@@ -25,6 +30,7 @@ def canonicalize(gm: GraphModule) -> GraphModule:
         %t = t(%weight)
         %y = linear(%x, %t, %bias)
     """
+    detached = nodes_without_grad(gm)
     for node in list(gm.graph.nodes):
         if node.op != "call_function":
             continue
@@ -32,28 +38,18 @@ def canonicalize(gm: GraphModule) -> GraphModule:
             gm.graph.erase_node(node)
         elif node.target is aten.addmm.default and not node.kwargs:
             bias, x, weight = node.args
-            _as_linear(gm, node, x, weight, bias)
+            if _is_bias(bias, node):
+                _as_linear(gm, node, x, weight, bias, detached)
         elif node.target in PRODUCTS:
             x, weight = node.args
-            _as_linear(gm, node, x, weight, None)
+            _as_linear(gm, node, x, weight, None, detached)
     return gm
 
 
-def parameter_of(node: object) -> Node | None:
-    """The placeholder that a weight operand is a view or a cast of, or None if it is computed otherwise."""
-    views = (
-        *TRANSPOSES, aten.permute.default, aten.view.default, aten.reshape.default, aten.contiguous.default,
-        aten.alias.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default,
-        aten.slice.Tensor, aten.select.int, aten.squeeze.default, aten.unsqueeze.default, aten.expand.default,
-        aten.clone.default,
-    )  # fmt: skip
-    while isinstance(node, Node) and node.op == "call_function" and node.target in views:
-        node = node.args[0]
-    return node if isinstance(node, Node) and node.op == "placeholder" else None
-
-
-def _as_linear(gm: GraphModule, node: Node, x: Argument, weight: Argument, bias: Argument) -> None:
-    if not (isinstance(weight, Node) and isinstance(x, Node)) or not _is_matrix_of_parameter(gm, weight):
+def _as_linear(
+    gm: GraphModule, node: Node, x: Argument, weight: Argument, bias: Argument, detached: Collection[Node]
+) -> None:
+    if not (isinstance(weight, Node) and isinstance(x, Node)) or not _is_matrix_of_parameter(gm, weight, detached):
         return
     with gm.graph.inserting_before(node):
         transposed: Argument = (
@@ -68,14 +64,21 @@ def _as_linear(gm: GraphModule, node: Node, x: Argument, weight: Argument, bias:
         gm.graph.erase_node(weight)
 
 
-def _is_matrix_of_parameter(gm: GraphModule, weight: Node) -> bool:
+def _is_matrix_of_parameter(gm: GraphModule, weight: Node, detached: Collection[Node]) -> bool:
     value = weight.meta.get("val")
     state = gm.meta.get("state", ())
-    source = parameter_of(weight)
+    source = parameter_of(weight, detached)
     return isinstance(value, torch.Tensor) and value.dim() == 2 and source is not None and source.name in state
 
 
+def _is_bias(bias: Argument, product: Node) -> bool:
+    """One number for each column: `addmm` takes any tensor that can be broadcast."""
+    value = bias.meta.get("val") if isinstance(bias, Node) else None
+    return isinstance(value, torch.Tensor) and value.shape == product.meta["val"].shape[1:]
+
+
 def _is_transpose(node: Node) -> bool:
-    if node.target not in TRANSPOSES:
-        return False
-    return node.target is not aten.transpose.int or set(node.args[1:]) in ({0, 1}, {-1, -2}, {0, -1}, {1, -2})
+    dims = node.args[1:]
+    return operation_of(node) in TRANSPOSES and (
+        not dims or {dim % 2 for dim in dims if isinstance(dim, int)} == {0, 1}
+    )

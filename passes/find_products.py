@@ -8,10 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from velora_fx.passes.canonicalize import parameter_of
+from velora_fx.passes.parameter_of import nodes_without_grad, operation_of, parameter_of
 
 aten = torch.ops.aten
-OTHER_PRODUCTS = ("mm", "matmul", "einsum", "bilinear", "conv")  # parts of the names: addmm, bmm, _grouped_mm, conv2d
+OTHER_PRODUCTS = frozenset({
+    "mm", "bmm", "addmm", "addbmm", "baddbmm", "matmul", "mv", "addmv", "dot", "vdot", "inner", "outer", "ger",
+    "einsum", "tensordot", "chain_matmul", "linalg_multi_dot", "bilinear", "_grouped_mm", "_scaled_mm",
+    "_scaled_grouped_mm",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,20 +35,12 @@ class Product:
 def find_products(gm: GraphModule) -> tuple[Product, ...]:
     """Lists the products with a parameter in graph order, each with the name of the module it belongs to."""
     state: dict[str, str] = gm.meta["state"]
+    detached = nodes_without_grad(gm)
     uses: Counter[str] = Counter()
     products = []
     for node in gm.graph.nodes:
-        if node.op != "call_function":
-            continue
-        reason = _reason(node)
-        if reason is None or "conv" in _operation(node):
-            operands = [node.args[1]]
-        elif any(part in _operation(node) for part in OTHER_PRODUCTS):
-            operands = list(node.all_input_nodes)
-        else:
-            continue
-        for operand in operands:
-            source = parameter_of(operand)
+        for operand in _operands(node):
+            source = parameter_of(operand, detached)
             if source is None or source.name not in state:
                 continue
             parameter = state[source.name]
@@ -53,16 +49,29 @@ def find_products(gm: GraphModule) -> tuple[Product, ...]:
             consumer = owner if attribute == "weight" else parameter
             if uses[parameter] > 1:
                 consumer = f"{consumer}#{uses[parameter]}"
-            products.append(Product(consumer, parameter, node, reason))
+            products.append(Product(consumer, parameter, node, _reason(node)))
     return tuple(products)
 
 
-def _operation(node: Node) -> str:
-    name = getattr(node.target, "__name__", str(node.target))
-    return name.split(".")[0]
+def _operands(node: Node) -> list[Node]:
+    """What a product multiplies, besides the input of a linear or a convolution; nothing for other nodes."""
+    if node.op != "call_function":
+        return []
+    operation = operation_of(node)
+    if node.target is aten.linear.default or operation.startswith(("conv", "_conv")):
+        operands = node.args[1:2]
+    elif operation not in OTHER_PRODUCTS:
+        operands = ()
+    elif operation.startswith(("add", "badd")):
+        operands = node.args[1:3]
+    elif operation == "bilinear":
+        operands = node.args[:3]
+    else:
+        operands = tuple(node.all_input_nodes)
+    return [operand for operand in operands if isinstance(operand, Node)]
 
 
 def _reason(node: Node) -> str | None:
     if node.target is aten.linear.default:
         return None
-    return f"it is used by {_operation(node)}, and only linear layers can be compressed"
+    return f"it is used by {operation_of(node)}, and only linear layers can be compressed"

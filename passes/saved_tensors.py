@@ -81,9 +81,8 @@ class SavedTensors:
         operation = getattr(node.target, "__name__", str(node.target)).split(".")[0]
         operation = "attention" if "attention" in operation else operation
         if consumer is not None:
-            x, weight = operands[:2]
-            of_weight = storage == self.tracker.watch(weight) or not tensor.is_contiguous()
-            if storage == self.tracker.watch(x) or not of_weight:
+            x = operands[0]
+            if self.tracker.is_made_from(storage, self.tracker.watch(x)):
                 name = str(node.args[0])
                 return Saving(storage, size, region, operation, consumer, name, tuple(x.shape), x.dtype)
         return Saving(storage, size, region, operation)

@@ -56,11 +56,13 @@ def swap(gm: GraphModule, choices: Mapping[str, Choice]) -> GraphModule:
 
 
 def _add_projections(gm: GraphModule, choices: Mapping[str, Choice]) -> dict[str, Node]:
-    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    after = placeholders[-1]
+    placeholders = {str(node.target): node for node in gm.graph.nodes if node.op == "placeholder"}
+    after = list(placeholders.values())[-1]
     projections = {}
     for index, tensor in enumerate(dict.fromkeys(choice.tensor for choice in choices.values())):
-        with gm.graph.inserting_after(after):
-            after = gm.graph.placeholder(f"projection_{index}")
-        projections[tensor] = after
+        name = f"projection_{index}"
+        if name not in placeholders:
+            with gm.graph.inserting_after(after):
+                placeholders[name] = gm.graph.placeholder(name)
+        after = projections[tensor] = placeholders[name]
     return projections

@@ -82,18 +82,7 @@ def optimize(
         optimizer=optimizer, target=target, gradients=gradients, projection=projection,
         sub_token_sizes=sub_token_sizes, filter_fn=filter_fn, loss_fn=loss_fn, device=device, seed=seed,
     )  # fmt: skip
-    if (budget_gb is None) == (plan is None):
-        raise ValueError(
-            "pass either budget_gb or plan, got both"
-            if plan is not None
-            else "pass budget_gb (in GiB) or plan, got neither"
-        )
-    if plan is not None and not isinstance(plan, Plan):
-        raise ValueError(f"plan must be a velora_fx.Plan, got {type(plan).__name__}")
-    where = planning_device(model, options)
-    budget_bytes = None if plan is not None else budget_bytes_of(budget_gb, where)
-    _check_model(model)
-    request = Request(options, where, budget_bytes, plan, {})
+    request = _request(model, options, budget_gb, plan)
     if example_inputs is None:
         restore(model)
         FirstForward(model, request, apply).install()
@@ -201,6 +190,18 @@ def apply(model: torch.nn.Module, request: Request, args: tuple[Any, ...], kwarg
         _load_projections(regions, request.projections)
     elif options.projection == "batch_mean":
         calibrate(model, regions, args, kwargs)
+
+
+def _request(model: torch.nn.Module, options: Options, budget_gb: float | str | None, plan: Plan | None) -> Request:
+    if (budget_gb is None) == (plan is None):
+        got = "neither: pass budget_gb (in GiB) or a plan" if plan is None else "both"
+        raise ValueError(f"optimize takes either budget_gb or plan, got {got}")
+    if plan is not None and not isinstance(plan, Plan):
+        raise ValueError(f"plan must be a velora_fx.Plan, got {type(plan).__name__}")
+    device = planning_device(model, options)
+    budget_bytes = None if plan is not None else budget_bytes_of(budget_gb, device)
+    _check_model(model)
+    return Request(options, device, budget_bytes, plan, {})
 
 
 def _load_projections(regions: Sequence[Region], projections: Mapping[str, torch.Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -14,9 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from velora_fx.arguments import CONSTANTS, flatten, unflatten
+
+# What every module has, none of which a forward may depend on but `training`, which is a part of a graph's key.
+INTERNAL_ATTRIBUTES = frozenset({*vars(torch.nn.Module()), "forward", "_compiled_call_impl"})
 
 
 class CaptureError(Exception):
@@ -56,7 +61,8 @@ def capture(
 
     `forward` is the module's own forward where another one stands in for it (default: that of its class). Every
     dimension of the tensor arguments is free unless it is 1 or the forward fixes it. Grad mode, autocast and
-    saved-tensor hooks of the caller stay out of the graph. Raises CaptureError.
+    saved-tensor hooks of the caller stay out of the graph. Raises CaptureError, also for a forward that leaves
+    something behind on the module, which a graph would not do at its next call.
     """
     structure, leaves = flatten((args, kwargs))
     for leaf in leaves:
@@ -64,6 +70,7 @@ def capture(
             raise CaptureError(f"its forward takes an argument of type {type(leaf).__name__}")
     slots = [index for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
     state = state_of(module)
+    caches_casts = torch.is_autocast_cache_enabled()
     result: dict[str, Any] = {}
 
     class Shim(torch.nn.Module):
@@ -73,6 +80,7 @@ def capture(
                 filled[slot] = tensor
             call_args, call_kwargs = unflatten(structure, filled)
             named = {f"inner.{name}": tensor for name, tensor in zip(state, ts, strict=False)}
+            torch.set_autocast_cache_enabled(caches_casts)  # what the forward's autocast takes; tracing had set it off
             output = torch.func.functional_call(_ForwardOnly(module), named, call_args, call_kwargs)
             result["outputs"], result["leaves"] = flatten(output)
             return [leaf for leaf in result["leaves"] if isinstance(leaf, (torch.Tensor, torch.SymInt))]
@@ -104,7 +112,33 @@ class _ForwardOnly(torch.nn.Module):
         self.inner = inner
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.inner.forward(*args, **kwargs)
+        before = state_of(self.inner)
+        with _GradModeInAutocast():
+            output = self.inner.forward(*args, **kwargs)
+        for name, tensor in state_of(self.inner).items():
+            if before.get(name) is not tensor:
+                raise CaptureError(f"its forward replaces {name} by another tensor, which a graph would not do")
+        return output
+
+
+class _GradModeInAutocast(TorchFunctionMode):
+    """Refuses to change the grad mode within an autocast stretch: torch.export loses it there without a word."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depth = _autocast_depth()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch._C._set_grad_enabled and _autocast_depth() > self.depth:
+            raise CaptureError("its forward changes the grad mode within an autocast stretch")
+        return func(*args, **(kwargs or {}))
+
+
+def _autocast_depth() -> int:
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
 
 
 def _fakes(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -125,7 +159,7 @@ def _isolated() -> Iterator[None]:
     identity = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
     logger.setLevel(logging.ERROR)
     try:
-        with _disable_current_modes(), identity, torch.random.fork_rng(devices=[]):
+        with _disable_current_modes(), identity, torch.enable_grad(), torch.random.fork_rng(devices=[]):
             yield
     finally:
         logger.setLevel(level)
@@ -133,20 +167,30 @@ def _isolated() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_forward(module: torch.nn.Module, forward: Callable[..., Any] | None) -> Iterator[None]:
+    """Gives the module its own forward meanwhile, and refuses one that leaves something behind."""
     stand_in = vars(module).pop("forward", None)
     if forward is not None:
         module.forward = forward
     before = {name: (child, dict(vars(child))) for name, child in module.named_modules()}
+    contents = [
+        (f"{name}.{key}".lstrip("."), container, copy.copy(container))
+        for name, (_, attributes) in before.items()
+        for key, value in attributes.items()
+        for container in _containers(value)
+    ]
     changed: list[str] = []
     try:
         yield
     finally:
         for name, (child, attributes) in before.items():
-            changed += [
-                f"{name}.{key}".lstrip(".") for key, value in vars(child).items() if _is_new(attributes, key, value)
-            ]
+            changed += [f"{name}.{key}".lstrip(".") for key in _differences(vars(child), attributes)]
             vars(child).clear()
             vars(child).update(attributes)
+        for name, container, old in contents:
+            if _differences(_items(container), _items(old)):
+                changed.append(name)
+                container.clear()
+                container.extend(old) if isinstance(old, list) else container.update(old)
         vars(module).pop("forward", None)
         if stand_in is not None:
             module.forward = stand_in
@@ -154,11 +198,30 @@ def _own_forward(module: torch.nn.Module, forward: Callable[..., Any] | None) ->
         raise CaptureError(f"its forward sets the attribute {changed[0]}, which a graph would not do")
 
 
-def _is_new(attributes: dict[str, Any], key: str, value: Any) -> bool:
-    if key not in attributes:
-        return True
-    old = attributes[key]
-    return value is not old and (isinstance(value, torch.Tensor) or type(value) is not type(old) or bool(value != old))
+def _containers(value: Any) -> Iterator[Any]:
+    """The value if it is a list, dict or set, and those in it."""
+    if isinstance(value, (list, dict, set)):
+        yield value
+    if isinstance(value, (list, dict, set, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _containers(item)
+
+
+def _items(container: Any) -> dict[Any, Any]:
+    if isinstance(container, dict):
+        return container
+    return dict(enumerate(container)) if isinstance(container, list) else dict.fromkeys(container)
+
+
+def _differences(new: dict[Any, Any], old: dict[Any, Any]) -> list[Any]:
+    """The keys that were added, removed, or given another value."""
+    return [key for key in {**old, **new} if key not in old or key not in new or _is_new(old[key], new[key])]
+
+
+def _is_new(old: Any, new: Any) -> bool:
+    if new is old:
+        return False
+    return isinstance(new, torch.Tensor) or type(new) is not type(old) or bool(new != old)
 
 
 @contextlib.contextmanager
@@ -187,7 +250,7 @@ def _recording(
         name = names.get(id(self))
         if (
             name is not None
-            and not attribute.startswith("_")
+            and attribute not in INTERNAL_ATTRIBUTES
             and attribute in object.__getattribute__(self, "__dict__")
         ):
             reads.add((name, attribute))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -53,18 +53,21 @@ def fake_copy(value: Value, mode: FakeTensorMode, device: torch.device | None = 
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.nn.Module):
+        for module in value.modules():
+            for attribute in vars(module).values():
+                yield from _tensors_inside(attribute)
+    else:
+        yield from _tensors_inside(value)
+
+
+def _tensors_inside(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested containers."""
     if isinstance(value, torch.Tensor):
         yield value
-    elif isinstance(value, torch.nn.Module):
-        for module in value.modules():
-            yield from (t for t in [*module._parameters.values(), *module._buffers.values()] if t is not None)
-            yield from (t for t in vars(module).values() if isinstance(t, torch.Tensor))
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif hasattr(value, "values"):
-        for item in value.values():
-            yield from _tensors(item)
+    elif isinstance(value, (tuple, list, set, Mapping)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_inside(item)
 
 
 class GroupedProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -78,10 +81,11 @@ class GroupedProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         if func is torch.ops.aten._grouped_mm.default and isinstance(args[0], FakeTensor):
             a, b = args[:2]
-            if a.dim() == b.dim() == 2:
-                offsets = args[2] if len(args) > 2 else (kwargs or {})["offs"]
-                return a.new_empty(offsets.shape[0], a.shape[0], b.shape[1])
-            return a.new_empty(*a.shape[:-1], b.shape[-1])
+            shape = [a.shape[-2], b.shape[-1]]
+            if a.dim() == b.dim():  # a product for each group
+                groups = a if a.dim() == 3 else args[2] if len(args) > 2 else (kwargs or {})["offs"]
+                shape.insert(0, groups.shape[0])
+            return a.new_empty(shape)
         return func(*args, **(kwargs or {}))
 
 

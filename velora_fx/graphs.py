@@ -155,6 +155,6 @@ def make_graph(call: Call, key: tuple[Any, ...], forward: Callable[..., Any] | N
     attributes = tuple(
         (name, attribute, vars(call.module.get_submodule(name))[attribute])
         for name, attribute in sorted(captured.reads)
-        if attribute != "training" and attribute in vars(call.module.get_submodule(name))
+        if attribute in vars(call.module.get_submodule(name))
     )
     return RegionGraph(key, attributes, captured)

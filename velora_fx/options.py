@@ -55,7 +55,8 @@ class Options:
                 kind = torch.device(self.device).type
             except (RuntimeError, TypeError) as error:
                 raise ValueError(f"device must be 'cpu' or 'cuda', got {self.device!r}") from error
-            _one_of("device", kind, ("cpu", "cuda"))
+            if kind not in ("cpu", "cuda"):
+                raise ValueError(f"device must be 'cpu' or 'cuda', got {self.device!r}")
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
+
+MAX_SOLUTIONS = 20
 
 
 @dataclass(frozen=True)
@@ -41,46 +42,61 @@ class Moment:
 def choose(items: Sequence[Item], moments: Sequence[Moment], budget_bytes: int) -> tuple[int, ...] | None:
     """Levels of least total cost such that no moment is above the budget; None if there are none.
 
-    A 0-1 program for HiGHS: variable (i, l) is 1 where item i is compressed at least to level l + 1.
+    A 0-1 program for HiGHS: variable (i, l) is 1 where item i is compressed at least to level l + 1. The least cost
+    is met within a relative gap of 1e-4, the budget to the byte.
     """
-    if not items:
-        return () if all(moment.peak_bytes <= budget_bytes for moment in moments) else None
-    starts = np.cumsum([0, *(len(item.savings) for item in items)])
+    highest = [len(item.savings) for item in items]
+    if any(moment.bytes_at(items, highest) > budget_bytes for moment in moments):
+        return None
     binding = [moment for moment in _undominated(moments) if moment.peak_bytes > budget_bytes]
     if not binding:
         return (0,) * len(items)
+    starts = np.cumsum([0, *highest])
     rows = [_saving_row(items, moment, starts) for moment in binding]
-    # Bytes in the units of the largest excess: HiGHS works with absolute tolerances.
-    unit = max(moment.peak_bytes - budget_bytes for moment in binding)
-    excess = np.array([(moment.peak_bytes - budget_bytes) / unit for moment in binding])
-    order = _order_rows(items, starts)
-    data = [entry for row in rows for entry in row]
-    savings = csr_array(
-        (
-            [saving / unit for _, saving in data],
-            ([r for r, row in enumerate(rows) for _ in row], [column for column, _ in data]),
-        ),
-        shape=(len(rows), starts[-1]),
-    )
-    constraints = [LinearConstraint(savings, excess, np.inf)]
+    constraints = _constraints(items, binding, rows, starts, budget_bytes)
+    for _ in range(MAX_SOLUTIONS):
+        chosen = _solve(items, constraints)
+        if chosen is None:
+            break
+        levels = [int(chosen[starts[i] : starts[i + 1]].sum()) for i in range(len(items))]
+        over = [row for row, moment in zip(rows, binding, strict=True) if moment.bytes_at(items, levels) > budget_bytes]
+        if not over:
+            return _trimmed(items, binding, budget_bytes, levels)
+        # Within the solver's tolerance, but not to the byte: at least one more variable of the row has to be 1.
+        for row in over:
+            more = [(column, 1.0) for column, saving in row if saving > 0 and not chosen[column]]
+            constraints.append(LinearConstraint(_matrix([more], int(starts[-1])), 1, np.inf))
+    return _trimmed(items, binding, budget_bytes, highest)
+
+
+def _constraints(
+    items: Sequence[Item],
+    moments: Sequence[Moment],
+    rows: Sequence[Sequence[tuple[int, int]]],
+    starts: np.ndarray,
+    budget_bytes: int,
+) -> list[LinearConstraint]:
+    """Every moment within the budget, and the order of levels and of the items of a group."""
+    excess = [moment.peak_bytes - budget_bytes for moment in moments]
+    unit = max(excess)  # HiGHS works with absolute tolerances
+    savings = [[(column, saving / unit) for column, saving in row] for row in rows]
+    constraints = [LinearConstraint(_matrix(savings, int(starts[-1])), np.array(excess) / unit, np.inf)]
+    order = [[(first, 1.0), (second, -1.0)] for first, second in _order_rows(items, starts)]
     if order:
-        constraints.append(LinearConstraint(_difference_rows(order, int(starts[-1])), 0, np.inf))
+        constraints.append(LinearConstraint(_matrix(order, int(starts[-1])), 0, np.inf))
+    return constraints
+
+
+def _solve(items: Sequence[Item], constraints: Sequence[LinearConstraint]) -> np.ndarray | None:
     costs = np.concatenate([np.diff([0.0, *item.costs]) for item in items])
     result = milp(
         costs / costs.max(),
-        integrality=np.ones(starts[-1]),
+        integrality=np.ones(len(costs), dtype=int),
         bounds=Bounds(0, 1),
         constraints=constraints,
         options={"mip_rel_gap": 1e-4, "time_limit": 20.0},
     )
-    if result.x is None:
-        return None
-    chosen = np.round(result.x).astype(int)
-    levels = [int(chosen[starts[i] : starts[i + 1]].sum()) for i in range(len(items))]
-    over = max(moment.bytes_at(items, levels) for moment in binding) - budget_bytes
-    if over > 0:  # within the solver's relative tolerance, but not to the byte
-        return choose(items, moments, budget_bytes - over - math.ceil(unit * 2e-6)) if over <= unit * 1e-5 else None
-    return _trimmed(items, binding, budget_bytes, levels)
+    return None if result.x is None else np.round(result.x).astype(int)
 
 
 def _trimmed(items: Sequence[Item], moments: Sequence[Moment], budget_bytes: int, levels: list[int]) -> tuple[int, ...]:
@@ -126,9 +142,11 @@ def _order_rows(items: Sequence[Item], starts: np.ndarray) -> list[tuple[int, in
     return pairs
 
 
-def _difference_rows(pairs: list[tuple[int, int]], width: int) -> csr_array:
-    rows = np.repeat(np.arange(len(pairs)), 2)
-    return csr_array(([1.0, -1.0] * len(pairs), (rows, np.array(pairs).ravel())), shape=(len(pairs), width))
+def _matrix(rows: Sequence[Sequence[tuple[int, float]]], width: int) -> csr_array:
+    """The sparse matrix whose rows are given as (column, entry) pairs."""
+    entries = [(index, *entry) for index, row in enumerate(rows) for entry in row]
+    indices, columns, data = zip(*entries, strict=True)
+    return csr_array((data, (indices, columns)), shape=(len(rows), width))
 
 
 def _undominated(moments: Sequence[Moment]) -> list[Moment]:

@@ -25,8 +25,8 @@ class Peak:
 class Timeline:
     """Births and deaths of storages in time order.
 
-    `storages[i]` is born (`deltas[i]` > 0, bytes) or freed (< 0) by event i. `categories` gives each storage's
-    category; `marks` the first event of each moment of the step, in order.
+    `storages[i]` is born by the first event i that names it, with `deltas[i]` bytes, and freed by the second.
+    `categories` gives each storage's category; `marks` the first event of each moment of the step, in order.
     """
 
     storages: NDArray[np.int64]
@@ -41,13 +41,16 @@ class Timeline:
 
     @cached_property
     def births(self) -> dict[int, int]:
-        """The event at which each storage is born."""
-        return {int(self.storages[i]): int(i) for i in np.flatnonzero(self.deltas > 0)}
+        """The event at which each storage is born: the first that names it."""
+        storages, events = np.unique(self.storages, return_index=True)
+        return dict(zip(storages.tolist(), events.tolist(), strict=True))
 
     @cached_property
     def deaths(self) -> dict[int, int]:
-        """The event at which each storage is freed; storages that outlive the step are missing."""
-        return {int(self.storages[i]): int(i) for i in np.flatnonzero(self.deltas < 0)}
+        """The event at which each storage is freed, the last that names it; those that outlive the step are missing."""
+        storages, events = np.unique(self.storages[::-1], return_index=True)
+        last = zip(storages.tolist(), (len(self.storages) - 1 - events).tolist(), strict=True)
+        return {storage: event for storage, event in last if event != self.births[storage]}
 
     @cached_property
     def peak(self) -> Peak:

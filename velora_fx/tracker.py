@@ -12,11 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from velora_fx.timeline import Timeline
 
+aten = torch.ops.aten
+COPIES = (aten._to_copy.default, aten.clone.default, aten._reshape_copy.default)
+
 
 class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While on, sees each new storage among the results of the operators, and its end through a weak reference.
 
-    Storages are counted once however many tensors view them. `rounding_bytes` is the allocator's block size.
+    Storages are counted once however many tensors view them. `rounding_bytes` is the allocator's block size. `sources`
+    maps a storage that is a copy or a cast of another to that one.
     """
 
     def __init__(self, rounding_bytes: int = 1) -> None:
@@ -26,6 +30,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.deltas: list[int] = []
         self.categories: dict[int, str] = {}
         self.marks: list[tuple[int, str]] = []
+        self.sources: dict[int, int] = {}
         self._live: dict[int, tuple[int, weakref.ref[Any]]] = {}
         self._count = 0
 
@@ -58,6 +63,13 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.categories[known[0]] = category
         return known[0]
 
+    def is_made_from(self, storage: int, source: int) -> bool:
+        """True for a storage that is another one, or a copy or a cast of it."""
+        seen: int | None = storage
+        while seen is not None and seen != source:
+            seen = self.sources.get(seen)
+        return seen is not None
+
     def live(self) -> list[int]:
         """The numbers of the storages in use."""
         return [number for number, _ in self._live.values()]
@@ -70,6 +82,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func in COPIES:
+            self.sources[self.watch(result)] = self.watch(args[0])
         for leaf in _pytree.tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self.watch(leaf)
