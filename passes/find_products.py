@@ -54,12 +54,17 @@ def find_products(gm: GraphModule) -> tuple[Product, ...]:
 
 
 def _operands(node: Node) -> list[Node]:
-    """What a product multiplies, besides the input of a linear or a convolution; nothing for other nodes."""
+    """What a product multiplies, besides the input of a linear or a convolution; nothing for other nodes.
+
+    The matrices that an operator of another library takes count, for what it does with them is not known.
+    """
     if node.op != "call_function":
         return []
     operation = operation_of(node)
     if node.target is aten.linear.default or operation.startswith(("conv", "_conv")):
         operands = node.args[1:2]
+    elif getattr(node.target, "namespace", "aten") not in ("aten", "velora"):
+        operands = tuple(operand for operand in node.all_input_nodes if _is_matrix(operand))  # an unknown operator
     elif operation not in OTHER_PRODUCTS:
         operands = ()
     elif operation.startswith(("add", "badd")):
@@ -69,6 +74,11 @@ def _operands(node: Node) -> list[Node]:
     else:
         operands = tuple(node.all_input_nodes)
     return [operand for operand in operands if isinstance(operand, Node)]
+
+
+def _is_matrix(operand: Node) -> bool:
+    value = operand.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dim() >= 2
 
 
 def _reason(node: Node) -> str | None:

@@ -31,6 +31,16 @@ class Of(nn.Module):
         return self.function(self, *inputs)
 
 
+@torch.library.custom_op("velora_tests::mixed", mutates_args=())
+def mixed(x: Tensor, stack: Tensor, bias: Tensor) -> Tensor:
+    return x @ stack + bias
+
+
+@mixed.register_fake
+def _(x: Tensor, stack: Tensor, bias: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
 def linear() -> nn.Linear:
     return nn.Linear(WIDTH, WIDTH)
 
@@ -138,6 +148,7 @@ OTHERS: dict[str, tuple[Callable[..., Tensor], str]] = {
     "addmm with alpha": (lambda m, x: torch.addmm(m.bias, x[0], m.stack[0], alpha=2), "addmm"),
     "addmm with a matrix": (lambda m, x: torch.addmm(x[1], x[0], m.stack[0]), "addmm"),
     "the parameter on the left": (lambda m, x: m.stack[0] @ x.mT, "matmul"),
+    "an operator of another library": (lambda m, x: mixed(x, m.stack, m.bias), "mixed"),
 }
 
 

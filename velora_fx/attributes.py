@@ -1,0 +1,108 @@
+"""What a forward reads of its module's attributes, and what it leaves behind in them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from velora_fx.arguments import CONSTANTS
+
+# What every module has, none of which a forward may depend on but `training`, which is a part of a graph's key.
+INTERNAL_ATTRIBUTES = frozenset({*vars(torch.nn.Module()), "forward", "_compiled_call_impl"})
+
+
+@contextlib.contextmanager
+def own_forward(module: torch.nn.Module, forward: Callable[..., Any] | None) -> Iterator[list[str]]:
+    """Gives a module `forward`, or that of its class, in the place of a stand-in, and puts everything back.
+
+    The list that it yields holds at the end the dotted names of the attributes that were set or changed meanwhile.
+    """
+    stand_in = vars(module).pop("forward", None)
+    if forward is not None:
+        module.forward = forward
+    before = {name: (child, dict(vars(child))) for name, child in module.named_modules()}
+    contents = [
+        (f"{name}.{key}".lstrip("."), container, copy.copy(container))
+        for name, (_, attributes) in before.items()
+        for key, value in attributes.items()
+        for container in _containers(value)
+    ]
+    changed: list[str] = []
+    try:
+        yield changed
+    finally:
+        for name, (child, attributes) in before.items():
+            changed += [f"{name}.{key}".lstrip(".") for key in _differences(vars(child), attributes)]
+            vars(child).clear()
+            vars(child).update(attributes)
+        for name, container, old in contents:
+            if _differences(_items(container), _items(old)):
+                changed.append(name)
+                container.clear()
+                container.extend(old) if isinstance(old, list) else container.update(old)
+        vars(module).pop("forward", None)
+        if stand_in is not None:
+            module.forward = stand_in
+
+
+def _containers(value: Any) -> Iterator[Any]:
+    """The value if it is a list, dict or set, and those in it."""
+    if isinstance(value, (list, dict, set)):
+        yield value
+    if isinstance(value, (list, dict, set, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _containers(item)
+
+
+def _items(container: Any) -> dict[Any, Any]:
+    if isinstance(container, dict):
+        return container
+    return dict(enumerate(container)) if isinstance(container, list) else dict.fromkeys(container)
+
+
+def _differences(new: dict[Any, Any], old: dict[Any, Any]) -> list[Any]:
+    """The keys that were added, removed, or given another value."""
+    return [key for key in {**old, **new} if key not in old or key not in new or _is_new(old[key], new[key])]
+
+
+def _is_new(old: Any, new: Any) -> bool:
+    return new is not old and not (isinstance(new, (*CONSTANTS, tuple)) and type(new) is type(old) and new == old)
+
+
+@contextlib.contextmanager
+def recorded_reads(module: torch.nn.Module) -> Iterator[set[tuple[str, str]]]:
+    """Collects which plain attributes (no tensors, no submodules) of the module tree are read meanwhile."""
+    reads: set[tuple[str, str]] = set()
+    names = {id(child): name for name, child in module.named_modules()}
+    classes = {type(child): type(child).__getattribute__ for child in module.modules()}
+    own = {class_ for class_ in classes if "__getattribute__" in vars(class_)}
+    try:
+        for class_, original in classes.items():
+            class_.__getattribute__ = _recording(original, names, reads)  # type: ignore[method-assign]
+        yield reads
+    finally:
+        for class_, original in classes.items():
+            if class_ in own:
+                class_.__getattribute__ = original  # type: ignore[method-assign]
+            else:
+                del class_.__getattribute__
+
+
+def _recording(
+    original: Callable[[Any, str], Any], names: dict[int, str], reads: set[tuple[str, str]]
+) -> Callable[[Any, str], Any]:
+    def __getattribute__(self: Any, attribute: str) -> Any:
+        name = names.get(id(self))
+        if (
+            name is not None
+            and attribute not in INTERNAL_ATTRIBUTES
+            and attribute in object.__getattribute__(self, "__dict__")
+        ):
+            reads.add((name, attribute))
+        return original(self, attribute)
+
+    return __getattribute__
