@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import math
+import threading
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 
 import velora_fx
 from tests.gradients import assert_same_gradients, compressed_weights, rebuilt_inputs, regions_of, step, tightest
-from tests.toys import compressed, rows, stack
+from tests.toys import Block, compressed, rows, stack
 from tests.zoo import ZOO, loss_of
 from velora_fx.fake import fake_copy, fake_mode
 
@@ -154,6 +156,137 @@ def test_the_whole_model_as_one_region_is_compressed_in_its_first_forward_too() 
         step(model, {"input": rows()}, lambda output: output.square().mean())
     assert compressed_weights(lazy)
     assert_same_gradients(lazy, model)
+
+
+def whole() -> nn.Module:
+    """A model without blocks: it is one region itself."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 4)).train()
+
+
+def gradients_of(model: nn.Module) -> list[torch.Tensor]:
+    model.zero_grad()
+    torch.manual_seed(7)
+    model(rows()).square().mean().backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+def wrap_forward(model: nn.Module) -> None:
+    """What libraries do that put a closure in the place of a forward."""
+    old = model.forward
+    model.forward = lambda *args, **kwargs: old(*args, **kwargs)
+
+
+def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("make", [stack, whole])
+def test_a_forward_that_is_wrapped_before_the_first_step_is_planned_and_compressed(make: Any) -> None:
+    plan = tightest(make(), (rows(),))
+    model = velora_fx.optimize(make(), plan=plan)
+    wrap_forward(model)
+    expected = gradients_of(velora_fx.optimize(make(), plan=plan, example_inputs=(rows(),)))
+    assert equal(gradients_of(model), expected)
+    assert not equal(expected, gradients_of(make()))
+    assert velora_fx.plan_of(model).compressed
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("make", [stack, whole])
+def test_restore_reaches_a_forward_that_was_wrapped_afterwards(make: Any, lazy: bool) -> None:
+    plan = tightest(make(), (rows(),))
+    model = velora_fx.optimize(make(), plan=plan, example_inputs=None if lazy else (rows(),))
+    wrap_forward(model)
+    gradients_of(model)
+    velora_fx.restore(model)
+    assert equal(gradients_of(model), gradients_of(make()))
+
+
+def test_planning_for_a_model_whose_forward_is_a_closure_leaves_its_parameters_alone() -> None:
+    model = stack()
+    wrap_forward(model)
+    before = [parameter.clone() for parameter in model.parameters()]
+    with contextlib.suppress(ValueError):
+        velora_fx.plan(model, 1, (rows(),))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert equal(before, list(model.parameters()))
+
+
+class Outer(nn.Module):
+    """Holds a model in an attribute of a name of its own, as trainers do."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(x)
+
+
+def test_the_plan_is_found_in_a_module_that_holds_the_model() -> None:
+    model = compressed(stack(), rows())
+    assert velora_fx.plan_of(Outer(model)) is velora_fx.plan_of(model)
+    assert velora_fx.plan_of(nn.Sequential(nn.Identity(), Outer(model))) is velora_fx.plan_of(model)
+
+
+def test_a_model_in_eval_mode_is_planned_for_training_and_stays_in_eval_mode() -> None:
+    expected = tightest(stack(), (rows(),))
+    model = stack().eval()
+    plan = tightest(model, (rows(),))
+    assert (plan.baseline, plan.planned) == (expected.baseline, expected.planned)
+    assert plan.decisions == expected.decisions
+    assert any("eval" in note for note in plan.notes)
+    assert not any("eval" in note for note in expected.notes)
+    velora_fx.optimize(model, plan=plan, example_inputs=(rows(),))
+    assert not any(module.training for module in model.modules())
+    optimised = compressed(stack(), rows())
+    assert equal(gradients_of(model.train()), gradients_of(optimised))
+
+
+def test_a_model_that_cannot_be_copied_is_refused() -> None:
+    model = stack()
+    model.blocks[1].lock = threading.Lock()
+    with pytest.raises(ValueError, match="cannot be copied"):
+        velora_fx.plan(model, 1, (rows(),))
+    assert_untouched(model)
+
+
+class Noted(Block):
+    """Reads an attribute of a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up.weight.factor = 2.0
+
+    def forward(self, x: torch.Tensor, mask: Any = None, cache: Any = None) -> torch.Tensor:
+        return super().forward(x * self.up.weight.factor, mask, cache)
+
+
+def test_what_a_parameter_carries_as_attributes_is_there_in_planning() -> None:
+    model = stack()
+    model.blocks = nn.ModuleList(Noted() for _ in range(3))
+    plan = tightest(model, (rows(),))
+    assert "blocks.0.up" in {consumer for decision in plan.compressed for consumer in decision.consumers}
+    velora_fx.optimize(model, plan=plan, example_inputs=(rows(),))
+    assert {parameter.grad is None for parameter in model.parameters()} == {True}
+    gradients_of(model)
+    assert regions_of(model)
+
+
+class Branching(Block):
+    """Looks at the values of its activations."""
+
+    def forward(self, x: torch.Tensor, mask: Any = None, cache: Any = None) -> torch.Tensor:
+        return super().forward(x if x.sum() > 0 else -x, mask, cache)
+
+
+def test_a_forward_that_depends_on_values_is_refused_because_planning_has_none() -> None:
+    model = stack()
+    model.blocks = nn.ModuleList(Branching() for _ in range(3))
+    with pytest.raises(ValueError, match="values"):
+        velora_fx.plan(model, 1, (rows(),))
+    assert_untouched(model)
 
 
 def test_a_budget_that_is_met_leaves_training_bit_identical() -> None:

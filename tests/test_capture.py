@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
+import random
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,12 +18,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from tests.allocator import peak_of
 from tests.graph_text import graph_text, operations
 from velora_fx.arguments import flatten
 from velora_fx.capture import CaptureError, capture, state_of
-from velora_fx.graphs import Call, RegionGraph, key_of, make_graph
+from velora_fx.graphs import Call, RegionGraph, find_graph, key_of, make_graph
 
 WIDTH = 8
 kernel_runs: list[int] = []
@@ -34,6 +39,19 @@ def counted(x: Tensor) -> Tensor:
 @counted.register_fake
 def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
+
+
+@torch.library.custom_op("velora_tests::doubled", mutates_args=())
+def doubled(x: Tensor) -> Tensor:
+    return x * 2
+
+
+@doubled.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+doubled.register_autograd(lambda ctx, gradient: gradient * 2)
 
 
 class Of(nn.Module):
@@ -178,6 +196,19 @@ def test_what_a_forward_leaves_behind_is_removed(how):
     assert everything(module) == before
 
 
+def remembers_in_an_object(m: Of, x: Tensor) -> Tensor:
+    y = m.linear(x)
+    m.context.losses.append(y.mean())
+    return y
+
+
+def test_a_list_inside_an_object_that_the_forward_appends_to_is_refused_and_restored():
+    module = Of(remembers_in_an_object, context=SimpleNamespace(losses=[]))
+    with pytest.raises(CaptureError, match="context"):
+        capture(module, (rows(),), {})
+    assert module.context.losses == []
+
+
 def test_a_forward_that_sets_an_attribute_to_what_it_is_can_be_captured():
     def settled(m: Of, x: Tensor) -> Tensor:
         m.window = int(m.window)
@@ -204,6 +235,34 @@ def test_the_random_state_is_untouched():
     before = torch.get_rng_state()
     capture(module, (rows(),), {})
     assert torch.equal(torch.get_rng_state(), before)
+
+
+DRAWS: dict[str, Callable[[], float]] = {
+    "random": random.random,
+    "numpy": np.random.rand,
+    "shuffle": lambda: random.shuffle([1, 2, 3]) or 1.0,
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_a_forward_that_draws_from_another_generator_is_refused_and_the_generator_left_as_it_was(name):
+    module = Of(lambda m, x: m.linear(x) * DRAWS[name]())
+    state, numpy_state = random.getstate(), np.random.get_state()
+    with pytest.raises(CaptureError, match="random"):
+        capture(module, (rows(),), {})
+    assert random.getstate() == state
+    for now, before in zip(np.random.get_state(), numpy_state, strict=True):
+        assert np.array_equal(now, before)
+
+
+def test_a_forward_that_draws_and_then_fails_leaves_the_generators_as_they_were():
+    module = Of(lambda m, x: failing(m, x * random.random() * np.random.rand()))
+    state, numpy_state = random.getstate(), np.random.get_state()
+    with pytest.raises(CaptureError):
+        capture(module, (rows(),), {})
+    assert random.getstate() == state
+    assert np.array_equal(np.random.get_state()[1], numpy_state[1])
+    assert np.random.get_state()[2] == numpy_state[2]
 
 
 class Recording(TorchDispatchMode):
@@ -297,11 +356,38 @@ def test_tied_weights_are_one_input_and_get_the_sum_of_both_gradients():
         assert torch.equal(one, other)
 
 
-def test_a_tensor_passed_twice_is_two_inputs():
-    module = Of(lambda m, x, y: m.linear(x) * y)
-    x = rows()
-    graph = graph_of(module, x, x)
-    assert torch.equal(run(graph, module, rows(2, 4), rows(2, 4) + 1), module(rows(2, 4), rows(2, 4) + 1))
+def self_or_cross(m: Of, x: Tensor, context: Tensor) -> Tensor:
+    return m.linear(x) if context is x else m.linear(x) * context
+
+
+def test_one_tensor_passed_twice_is_the_same_to_the_forward():
+    module, x, other = Of(self_or_cross), rows(4), rows(4) + 1
+    assert torch.equal(run(graph_of(module, x, x), module, other, other), module(other, other))
+    assert torch.equal(run(graph_of(module, x, other), module, other, x), module(other, x))
+
+
+def test_a_graph_for_one_tensor_passed_twice_does_not_stand_for_two_tensors():
+    module, x, other = Of(self_or_cross), rows(4), rows(4) + 1
+    twice, apart = (key_of(call_of(module, args, {})) for args in ((x, x), (x, other)))
+    assert twice != apart
+    assert apart == key_of(call_of(module, (other, x), {}))
+
+
+def test_a_tensor_that_is_a_plain_attribute_is_an_input_under_its_name():
+    module, x = Of(lambda m, x: m.linear(x) * m.scale, scale=torch.tensor(2.0)), rows()
+    graph = graph_of(module, x)
+    assert "scale" in graph.gm.meta["state"].values()
+    module.scale.fill_(3.0)
+    assert torch.equal(run(graph, module, x), module(x))
+    module.scale = torch.tensor(5.0)
+    assert torch.equal(run(graph, module, x), module(x))
+
+
+def test_a_custom_operator_with_a_backward_is_differentiated_as_in_eager():
+    module, x = Of(lambda m, x: doubled(m.linear(x))), rows()
+    ours, eager = run(graph_of(module, x), module, x), module(x)
+    assert torch.equal(ours, eager)
+    assert torch.equal(*(torch.autograd.grad(y.sum(), module.linear.weight)[0] for y in (ours, eager)))
 
 
 def test_nested_and_keyword_arguments_find_their_places():
@@ -443,6 +529,25 @@ def test_a_branch_on_a_size_is_a_guard():
     assert fits(graph, module, rows(5)) and not fits(graph, module, rows(6))
 
 
+SCALES: dict[str, Callable[[int], Any]] = {
+    "int": lambda n: int(n * 0.4),
+    "ceil": lambda n: math.ceil(n * 0.4),
+    "floor": lambda n: math.floor(n * 0.4),
+    "round": lambda n: round(n * 0.3),
+    "sqrt": lambda n: int(math.sqrt(n)),
+}
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_a_part_whose_length_is_computed_with_mathematical_functions_has_guards_that_hold(name):
+    module = Of(lambda m, x: m.linear(x)[:, : SCALES[name](x.shape[1])])
+    graph = graph_of(module, rows(3, 8))
+    assert fits(graph, module, rows(3, 8))
+    for length in (5, 9, 10, 20, 31):
+        x = rows(3, length)
+        assert not fits(graph, module, x) or torch.equal(run(graph, module, x), module(x))
+
+
 def test_a_mask_that_is_broadcast_stays_broadcast():
     module = Of(lambda m, x, mask: m.linear(x) * mask)
     graph = graph_of(module, rows(3, 5), torch.ones(1, 5, 1))
@@ -484,7 +589,92 @@ def test_parameters_and_submodules_are_no_plain_attributes():
     assert not reads & {"linear", "weight", "bias", "_parameters", "_modules", "_buffers", "_forward_hooks"}
 
 
+class Configured(nn.Module):
+    """Reads numbers from its class, from a plain object and from a dict."""
+
+    factor = 1.0
+    limit: float | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.config = SimpleNamespace(factor=1.0, unused=1.0)
+        self.options = {"factor": 1.0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x) * self.factor * self.config.factor * self.options["factor"]
+        return y if self.limit is None else y.clamp(max=self.limit)
+
+
+CHANGES: dict[str, Callable[[Configured], None]] = {
+    "the class": lambda m: setattr(Configured, "factor", 3.0),
+    "the class, where it was None": lambda m: setattr(Configured, "limit", 3.0),
+    "the instance": lambda m: setattr(m, "factor", 3.0),
+    "an object": lambda m: setattr(m.config, "factor", 3.0),
+    "another object": lambda m: setattr(m, "config", SimpleNamespace(factor=3.0)),
+    "a dict": lambda m: m.options.update(factor=3.0),
+    "another dict": lambda m: setattr(m, "options", {"factor": 3.0}),
+}
+
+
+@pytest.mark.parametrize("where", CHANGES)
+def test_a_number_that_the_forward_read_and_that_is_changed_later_makes_the_graph_stale(where, monkeypatch):
+    monkeypatch.setattr(Configured, "factor", 1.0)
+    monkeypatch.setattr(Configured, "limit", None)
+    module, x = Configured(), rows()
+    graph, call = graph_of(module, x), call_of(module, (x,), {})
+    assert find_graph([graph], call, key_of(call), exact=False) is graph
+    CHANGES[where](module)
+    call = call_of(module, (x,), {})
+    assert find_graph([graph], call, key_of(call), exact=False) is None
+
+
 # What cannot be captured.
+
+
+class Reverse(torch.autograd.Function):
+    """Reverses the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return -gradient
+
+
+def hooked(m: Of, x: Tensor) -> Tensor:
+    y = m.linear(x)
+    y.register_hook(lambda gradient: gradient * 2)
+    return y
+
+
+def retaining(m: Of, x: Tensor) -> Tensor:
+    y = m.linear(x)
+    y.retain_grad()
+    return y
+
+
+def packing(m: Of, x: Tensor) -> Tensor:
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.half(), lambda t: t.float()):
+        return m.linear(x).relu()
+
+
+def appending(m: Of, x: Tensor, losses: list[Tensor]) -> Tensor:
+    y = m.linear(x)
+    losses.append(y.mean())
+    return y
+
+
+def setting(m: Of, x: Tensor, context: dict[str, Tensor]) -> Tensor:
+    y = m.linear(x)
+    context["loss"] = y.mean()
+    return y
+
+
+def drawing(m: Of, x: Tensor) -> Tensor:
+    return m.linear(x) + torch.rand(WIDTH, generator=torch.Generator())
 
 
 class Cache:
@@ -498,6 +688,15 @@ REFUSED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
     "a branch on a value": (lambda m, x: m.linear(x) if x.sum() > 0 else x, (), "data-dependent"),
     "a loop over values": (lambda m, x: sum(m.linear(x[i]) for i in x[:, 0, 0].long().unique().tolist()), (), ""),
     "a tensor as a number": (lambda m, x: m.linear(x) * x.sum().item() if x.max().item() > 0 else x, (), ""),
+    "an autograd function": (lambda m, x: m.linear(Reverse.apply(x)), (), "autograd.Function"),
+    "a hook on a tensor": (hooked, (), "hook"),
+    "a gradient kept": (retaining, (), "retain_grad"),
+    "a checkpoint": (lambda m, x: checkpoint(m.linear, x, use_reentrant=False), (), "checkpoint"),
+    "a reentrant checkpoint": (lambda m, x: checkpoint(m.linear, x, use_reentrant=True), (), "checkpoint"),
+    "hooks on saved tensors": (packing, (), "saved_tensors_hooks"),
+    "a list that it appends to": (appending, ([],), "list"),
+    "a dict that it writes to": (setting, ({},), "dict"),
+    "a generator": (drawing, (), "generator"),
     "an error of its own": (failing, (), "RuntimeError: a bug in the forward"),
 }
 
@@ -510,6 +709,21 @@ def test_what_cannot_be_captured_is_refused_with_the_reason_in_one_line(name):
     text = str(caught.value)
     assert reason.lower() in text.lower()
     assert text and "\n" not in text and len(text) <= 300
+
+
+HELD: dict[str, tuple[Any, Callable[[Any], Tensor]]] = {
+    "a list": ([torch.ones(WIDTH)], lambda tables: tables[0]),
+    "a dict": ({"bias": torch.ones(WIDTH)}, lambda tables: tables["bias"]),
+    "a list in a dict": ({"all": [torch.ones(WIDTH)]}, lambda tables: tables["all"][0]),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_a_tensor_that_the_forward_reads_from_a_container_is_refused(name):
+    """A graph would hold it for good."""
+    tables, read = HELD[name]
+    with pytest.raises(CaptureError):
+        capture(Of(lambda m, x: m.linear(x) + read(m.tables), tables=tables), (rows(),), {})
 
 
 def test_a_graph_can_be_copied():

@@ -66,6 +66,12 @@ def test_parameters_stay_parameters_under_their_names():
     assert all(isinstance(parameter, nn.Parameter) for parameter in fake.parameters())
 
 
+def test_what_a_parameter_carries_as_attributes_is_kept():
+    model = nn.Linear(4, 4)
+    model.weight.lr_scale = 0.5
+    assert fake_copy(model, fake_mode()).weight.lr_scale == 0.5
+
+
 def test_ties_stay_ties():
     fake = fake_copy(Odd(), fake_mode())
     assert fake.head.weight is fake.embed.weight

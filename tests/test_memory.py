@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import velora_fx
 from tests.allocator import peak_of
 from tests.gradients import tightest
+from tests.toys import Block, rows, stack
 
 
 def llama() -> nn.Module:
@@ -124,6 +126,21 @@ def test_inside_checkpointed_blocks_nothing_is_compressed_and_the_plan_says_why(
     assert "recomputed" in reasons["model.layers.0.mlp.up_proj"]
     measured = measured_peak(model, batch_of(model))
     assert abs(plan.baseline.peak_bytes - measured) <= 0.05 * measured
+
+
+class Recomputed(Block):
+    """Recomputes itself in backward, in its own forward."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: Any = None) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+def test_a_block_that_checkpoints_itself_is_never_made_larger() -> None:
+    model = stack()
+    model.blocks = nn.ModuleList(Recomputed() for _ in range(4))
+    plan = tightest(model, (rows(64, 64),), optimizer="sgd")
+    untouched = tightest(stack(num_blocks=4), (rows(64, 64),), optimizer="sgd").baseline
+    assert plan.planned.peak_bytes <= plan.baseline.peak_bytes < untouched.peak_bytes
 
 
 def test_at_the_optimizer_step_the_report_says_that_activations_do_not_matter() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -90,6 +91,12 @@ def test_a_budget_is_in_units_of_two_to_the_thirty_bytes(budget):
     got = budget_bytes_of(budget, CPU)
     assert isinstance(got, int)
     assert got <= budget * GIB < got + 1
+
+
+@pytest.mark.parametrize("budget", [np.float32(1), np.float64(1), np.int64(1)], ids=repr)
+def test_a_budget_may_be_a_number_of_numpy(budget):
+    got = budget_bytes_of(budget, CPU)
+    assert type(got) is int and got == GIB
 
 
 @pytest.mark.parametrize("budget", [0, -1, 0.0, -0.5, math.nan, math.inf, -math.inf])

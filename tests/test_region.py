@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import velora_fx
 from tests.gradients import assert_same_gradients, compressed_weights, rebuilt_inputs, regions_of, tightest
-from tests.toys import compressed, rows, stack
+from tests.toys import Block, compressed, rows, stack
 from tests.zoo import ZOO
 from velora_fx.region import MAX_GRAPHS
 
@@ -175,16 +176,38 @@ def test_eval_and_no_grad_are_bit_equal_to_the_untouched_model(pair: tuple[nn.Mo
     assert_same_gradients(model, reference)
 
 
-def test_hooks_on_inner_modules_are_called() -> None:
+def test_with_a_hook_on_an_inner_module_the_original_forward_runs_and_a_warning_says_so_once() -> None:
     model, reference = compressed(stack(), rows()), stack()
     seen = []
     handle = model.blocks[0].up.register_forward_hook(lambda module, args, output: seen.append(output.shape))
-    torch.manual_seed(5)
-    loss = model(rows())
-    torch.manual_seed(5)
-    assert torch.equal(loss, reference(rows()))
-    assert seen == [torch.Size([4, 8, 64])]
+    with pytest.warns(UserWarning, match="hook") as caught:
+        for _ in range(2):
+            for one in (model, reference):
+                torch.manual_seed(5)
+                one.zero_grad()
+                loss = one(rows())
+                loss.backward()
+    assert len(caught) == 1
+    assert seen == [torch.Size([4, 8, 64])] * 2
+    assert torch.equal(model.blocks[0].up.weight.grad, reference.blocks[0].up.weight.grad)
     handle.remove()
+    check(model, reference, rows())
+
+
+def test_hooks_on_all_modules_are_called_as_before() -> None:
+    model, reference = compressed(stack(), rows()), stack()
+    seen: list[str] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    try:
+        reference(rows())
+        expected = list(seen)
+        seen.clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model(rows())
+    finally:
+        handle.remove()
+    assert seen == expected
 
 
 def test_too_many_kinds_of_calls_fall_back_exactly_and_say_so_once() -> None:
@@ -288,7 +311,8 @@ def test_gradient_checkpointing_turned_on_afterwards_is_exact_and_keeps_nothing(
             count += 1
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        said = pytest.warns(UserWarning, match="checkpoint") if one is model else contextlib.nullcontext()
+        with said, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = one(**batch).loss
         saved.append(count)
         loss.backward()
@@ -330,6 +354,67 @@ def test_an_error_inside_a_no_grad_stretch_leaves_grad_mode_on() -> None:
     with pytest.raises(torch.linalg.LinAlgError):
         model(rows())
     assert torch.is_grad_enabled()
+
+
+class LookingUp(nn.Module):
+    """Adds rows of a table in bfloat16, which fails for an index that is not there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.table = nn.Linear(32, 32), nn.Linear(32, 32), nn.Embedding(4, 32)
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        h = F.gelu(self.first(x))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = self.second(h) + self.table(index)
+        return y.float().square().mean()
+
+
+def autocast_depth() -> int:
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+
+def test_an_error_inside_an_autocast_stretch_leaves_autocast_off() -> None:
+    index = torch.zeros(4, 8, dtype=torch.long)
+    model = compressed(LookingUp().train(), rows(), index)
+    assert regions_of(model)
+    depth = autocast_depth()
+    try:
+        with pytest.raises(IndexError):
+            model(rows(), index + 9)
+        assert not torch.is_autocast_enabled("cpu")
+        assert autocast_depth() == depth
+    finally:
+        torch.set_autocast_enabled("cpu", False)
+
+
+class Scaled(Block):
+    """Reads a tensor that is neither a parameter nor a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.tensor(2.0)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: Any = None) -> Tensor:
+        return super().forward(x * self.scale, mask, cache)
+
+
+def scaled_stack() -> nn.Module:
+    model = stack()
+    model.blocks = nn.ModuleList(Scaled() for _ in range(3))
+    return model.train()
+
+
+def test_a_tensor_that_is_a_plain_attribute_is_read_anew_in_every_step() -> None:
+    model, reference = compressed(scaled_stack(), rows()), scaled_stack()
+    assert len(regions_of(model)) >= 3
+    check(model, reference, rows())
+    assert all(type(parameter.grad) is Tensor for parameter in model.parameters())
+    for one in (model, reference):
+        one.blocks[0].scale.fill_(0.5)
+        one.blocks[1].scale = torch.tensor(3.0)
+    check(model, reference, rows())
 
 
 def test_projections_do_not_show_in_the_model(pair: tuple[nn.Module, nn.Module]) -> None:

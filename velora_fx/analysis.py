@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ class Analysis:
     skipped: tuple[Skipped, ...]
     baseline: Peak
     moments: tuple[Moment, ...]
+    notes: tuple[str, ...]
     simulate_plan: Callable[[Sizes], Peak]
 
     def region_plans(self, sizes: Sizes) -> dict[str, RegionPlan]:
@@ -67,13 +69,18 @@ def analyse(
     mode = fake_mode()
     make_optimizer = optimizer_factory(options.optimizer, model, device)
 
+    # A copy of a function still calls the model that it was made for: the copy gets the forward of its class.
+    replaced = [name for name, module in model.named_modules() if isinstance(vars(module).get("forward"), FunctionType)]
+
     def fake_model() -> torch.nn.Module:
         fake = fake_copy(model, mode, device)
+        for name in replaced:
+            del fake.get_submodule(name).forward
         uninstall(fake)
-        return fake
+        return fake if model.training else fake.train()
 
     def step(fake: torch.nn.Module, tracker: Tracker | None = None) -> Timeline:
-        inputs = fake_copy((args, kwargs), mode, device)
+        inputs = fake_copy((args, kwargs), mode, device, keep_values=True)
         loss_fn = options.loss_fn or default_loss
         return simulate(fake, *inputs, make_optimizer=make_optimizer, loss_fn=loss_fn, device=device, tracker=tracker)
 
@@ -89,7 +96,7 @@ def analyse(
 
     progress("untouched step")
     baseline = peak(fake_model())
-    findings = probe(fake_model(), step, Tracker(), progress)
+    findings = probe(fake_model(), step, Tracker(), progress, replaced)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     candidates, skipped = find_candidates(
         findings,
@@ -100,7 +107,12 @@ def analyse(
     _check_sizes(options, candidates, findings)
     skipped += _without_products(fake_model(), findings)
     moments = _moments(findings, candidates, overhead_bytes(device))
-    return Analysis(findings, candidates, skipped, baseline, moments, simulate_plan)
+    notes = []
+    if not model.training:
+        notes.append("the model is in eval mode; the plan is for training mode")
+    if "" in replaced:
+        notes.append("the model's forward was replaced by a function; the plan is for the forward of its class")
+    return Analysis(findings, candidates, skipped, baseline, moments, tuple(notes), simulate_plan)
 
 
 def exclusion(
@@ -115,8 +127,8 @@ def exclusion(
     embeddings = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
     if any(weight is parameter for weight in embeddings):
         return "its weight is tied to an embedding (filter_fn overrides)"
-    vocabulary = max((weight.shape for weight in embeddings), default=None)
-    if use.consumer == "" and parameter.shape == vocabulary:
+    is_outside_of_blocks = "" in (use.region, use.consumer)
+    if is_outside_of_blocks and any(weight.shape == parameter.shape for weight in embeddings):
         return "it is the output head over a vocabulary (filter_fn overrides)"
     return None
 
@@ -127,6 +139,12 @@ def _without_products(model: torch.nn.Module, findings: Findings) -> tuple[Skipp
     for name, reason in findings.failures.items():
         if not child_regions(model.get_submodule(name), name):
             skipped.append(Skipped(name, f"it could not be captured: {reason}"))
+    parametrized = [
+        name for name, module in model.named_modules() if torch.nn.utils.parametrize.is_parametrized(module)
+    ]
+    skipped += [
+        Skipped(name, "its weight is parametrized, and so computed anew in each forward") for name in parametrized
+    ]
     return tuple(skipped)
 
 

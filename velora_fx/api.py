@@ -84,8 +84,7 @@ def optimize(
     )  # fmt: skip
     request = _request(model, options, budget_gb, plan)
     if example_inputs is None:
-        restore(model)
-        FirstForward(model, request, apply).install()
+        _wait(model, request)
     else:
         apply(model, request, *_checked_call(model, example_inputs))
     return model
@@ -134,8 +133,10 @@ def plan_of(model: torch.nn.Module) -> Plan:
 
 def restore(model: Model) -> Model:
     """Undoes `optimize`: every module gets its own forward back; a model that is not optimised stays as it is."""
+    state = vars(model).pop(STATE, None)
+    for stand_in in state.regions if isinstance(state, Installed) else [state] if state else []:
+        stand_in.remove()  # also where a wrapper took its place
     uninstall(model)
-    vars(model).pop(STATE, None)
     return model
 
 
@@ -167,9 +168,7 @@ def load_state_dict(model: Model, state: Mapping[str, Any]) -> Model:
         return model
     options = Options(projection=saved.projection, seed=saved.seed)
     _check_model(model)
-    restore(model)
-    request = Request(options, planning_device(model, options), None, saved, dict(state["projections"]))
-    FirstForward(model, request, apply).install()
+    _wait(model, Request(options, planning_device(model, options), None, saved, dict(state["projections"])))
     return model
 
 
@@ -204,6 +203,13 @@ def _request(model: torch.nn.Module, options: Options, budget_gb: float | str | 
     return Request(options, device, budget_bytes, plan, {})
 
 
+def _wait(model: torch.nn.Module, request: Request) -> None:
+    restore(model)
+    first = FirstForward(model, request, apply)
+    first.install()
+    setattr(model, STATE, first)
+
+
 def _load_projections(regions: Sequence[Region], projections: Mapping[str, torch.Tensor]) -> None:
     expected = {f"{region.name}/{tensor}" for region in regions for tensor in region.projections}
     if projections and set(projections) != expected:
@@ -234,13 +240,13 @@ def _checked_call(model: torch.nn.Module, example_inputs: Any) -> tuple[tuple[An
 
 
 def _installed(model: torch.nn.Module) -> Installed:
-    for candidate in (model, getattr(model, "_orig_mod", None), getattr(model, "module", None)):
-        installed = vars(candidate).get(STATE) if candidate is not None else None
-        if isinstance(installed, Installed):
-            return installed
-    if isinstance(vars(model).get("forward"), FirstForward):
-        raise RuntimeError(
-            "the model is not planned yet: planning happens at its first training forward; "
-            "pass example_inputs to optimize to plan at once"
-        )
+    for module in model.modules():  # wrappers hold the optimised model as a submodule
+        state = vars(module).get(STATE)
+        if isinstance(state, Installed):
+            return state
+        if isinstance(state, FirstForward):
+            raise RuntimeError(
+                "the model is not planned yet: planning happens at its first training forward; "
+                "pass example_inputs to optimize to plan at once"
+            )
     raise RuntimeError("the model is not optimised: call velora_fx.optimize first")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,37 +26,66 @@ def own_forward(module: torch.nn.Module, forward: Callable[..., Any] | None) -> 
     if forward is not None:
         module.forward = forward
     before = {name: (child, dict(vars(child))) for name, child in module.named_modules()}
-    contents = [
-        (f"{name}.{key}".lstrip("."), container, copy.copy(container))
-        for name, (_, attributes) in before.items()
-        for key, value in attributes.items()
-        for container in _containers(value)
-    ]
     changed: list[str] = []
+    with contextlib.ExitStack() as stack:
+        inside = {
+            f"{name}.{key}".lstrip("."): stack.enter_context(changes_in(value))
+            for name, (_, attributes) in before.items()
+            for key, value in attributes.items()
+        }
+        try:
+            yield changed
+        finally:
+            for name, (child, attributes) in before.items():
+                changed += [f"{name}.{key}".lstrip(".") for key in _differences(vars(child), attributes)]
+                vars(child).clear()
+                vars(child).update(attributes)
+            stack.close()
+            changed += [name for name, found in inside.items() if found]
+            vars(module).pop("forward", None)
+            if stand_in is not None:
+                module.forward = stand_in
+
+
+@contextlib.contextmanager
+def changes_in(value: Any) -> Iterator[list[Any]]:
+    """Puts the containers and plain objects inside a value back; the list that it yields holds those that changed."""
+    before = [(container, copy.copy(container)) for container in _containers(value)]
+    changed: list[Any] = []
     try:
         yield changed
     finally:
-        for name, (child, attributes) in before.items():
-            changed += [f"{name}.{key}".lstrip(".") for key in _differences(vars(child), attributes)]
-            vars(child).clear()
-            vars(child).update(attributes)
-        for name, container, old in contents:
+        for container, old in before:
             if _differences(_items(container), _items(old)):
-                changed.append(name)
+                changed.append(container)
                 container.clear()
                 container.extend(old) if isinstance(old, list) else container.update(old)
-        vars(module).pop("forward", None)
-        if stand_in is not None:
-            module.forward = stand_in
+
+
+def holds_tensor(value: Any) -> bool:
+    """True for a tensor and for containers and plain objects with one inside."""
+    return isinstance(value, torch.Tensor) or any(
+        isinstance(item, torch.Tensor) for container in _containers(value) for item in _items(container).values()
+    )
 
 
 def _containers(value: Any) -> Iterator[Any]:
-    """The value if it is a list, dict or set, and those in it."""
-    if isinstance(value, (list, dict, set)):
-        yield value
-    if isinstance(value, (list, dict, set, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _containers(item)
+    """The lists, dicts and sets inside a value, among them the attributes of a plain object, but not of its objects."""
+    seen: set[int] = set()
+    pending = [vars(value) if is_plain_object(value) else value]
+    while pending:
+        container = pending.pop()
+        if isinstance(container, (list, dict, set, tuple)) and id(container) not in seen:
+            seen.add(id(container))
+            pending += container.values() if isinstance(container, dict) else container
+            if not isinstance(container, tuple):
+                yield container
+
+
+def is_plain_object(value: Any) -> bool:
+    """True for an object with attributes that is no tensor, module, class, function or container."""
+    others = (torch.Tensor, torch.nn.Module, type, types.ModuleType, list, dict, set, tuple)
+    return hasattr(value, "__dict__") and not isinstance(value, others) and not callable(value)
 
 
 def _items(container: Any) -> dict[Any, Any]:
@@ -100,9 +130,14 @@ def _recording(
         if (
             name is not None
             and attribute not in INTERNAL_ATTRIBUTES
-            and attribute in object.__getattribute__(self, "__dict__")
+            and (attribute in object.__getattribute__(self, "__dict__") or _is_class_constant(type(self), attribute))
         ):
             reads.add((name, attribute))
         return original(self, attribute)
 
     return __getattribute__
+
+
+def _is_class_constant(class_: type, attribute: str) -> bool:
+    value = next((vars(base)[attribute] for base in class_.__mro__ if attribute in vars(base)), None)
+    return value is not None and isinstance(value, (*CONSTANTS, tuple, list, dict))

@@ -14,15 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from velora_fx.arguments import CONSTANTS, flatten, unflatten
-from velora_fx.attributes import own_forward, recorded_reads
-
-
-class CaptureError(Exception):
-    """A module whose forward cannot be captured; the text says why."""
+from velora_fx.attributes import changes_in, holds_tensor, own_forward, recorded_reads
+from velora_fx.limits import CaptureError, refusals
 
 
 @dataclass(frozen=True)
@@ -73,12 +69,16 @@ def capture(
     class Shim(torch.nn.Module):
         def forward(self, ts: list[torch.Tensor]) -> list[Any]:
             filled = list(leaves)
-            for slot, tensor in zip(slots, ts[len(state) :], strict=True):
-                filled[slot] = tensor
+            traced = dict(zip(slots, ts[len(state) :], strict=True))
+            for slot in slots:
+                filled[slot] = traced[next(other for other in slots if leaves[other] is leaves[slot])]
             call_args, call_kwargs = unflatten(structure, filled)
             named = {f"inner.{name}": tensor for name, tensor in zip(state, ts, strict=False)}
             torch.set_autocast_cache_enabled(caches_casts)  # what the forward's autocast takes; tracing had set it off
-            output = torch.func.functional_call(_ForwardOnly(module), named, call_args, call_kwargs)
+            with changes_in((call_args, call_kwargs)) as changed_arguments:
+                output = torch.func.functional_call(_ForwardOnly(module), named, call_args, call_kwargs)
+            if changed_arguments:
+                raise CaptureError("its forward changes a list or dict that it is given, which a graph would not do")
             result["outputs"], result["leaves"] = flatten(output)
             return [leaf for leaf in result["leaves"] if isinstance(leaf, (torch.Tensor, torch.SymInt))]
 
@@ -88,8 +88,14 @@ def capture(
         inputs = _fakes([*state.values(), *tensors])
         try:
             program = torch.export.export(Shim(), (inputs,), dynamic_shapes=([None] * len(state) + free,), strict=False)
+        except CaptureError:
+            raise
         except Exception as error:
             raise CaptureError(_first_line(error)) from error
+    for name, attribute in sorted(reads):
+        if holds_tensor(getattr(module.get_submodule(name), attribute)):
+            full = f"{name}.{attribute}".lstrip(".")
+            raise CaptureError(f"its forward reads {full}, a tensor that is no parameter or buffer: register it as one")
     if changed:
         raise CaptureError(f"its forward sets the attribute {changed[0]}, which a graph would not do")
     constants = []
@@ -112,32 +118,12 @@ class _ForwardOnly(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         before = state_of(self.inner)
-        with _GradModeInAutocast():
+        with refusals():
             output = self.inner.forward(*args, **kwargs)
         for name, tensor in state_of(self.inner).items():
             if before.get(name) is not tensor:
                 raise CaptureError(f"its forward replaces {name} by another tensor, which a graph would not do")
         return output
-
-
-class _GradModeInAutocast(TorchFunctionMode):
-    """Refuses to change the grad mode within an autocast stretch: torch.export loses it there without a word."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.depth = _autocast_depth()
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch._C._set_grad_enabled and _autocast_depth() > self.depth:
-            raise CaptureError("its forward changes the grad mode within an autocast stretch")
-        return func(*args, **(kwargs or {}))
-
-
-def _autocast_depth() -> int:
-    torch.autocast_increment_nesting()
-    return torch.autocast_decrement_nesting()
 
 
 def _fakes(tensors: list[torch.Tensor]) -> list[torch.Tensor]:

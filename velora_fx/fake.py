@@ -24,32 +24,52 @@ def fake_mode() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def fake_tensor(tensor: torch.Tensor, mode: FakeTensorMode, device: torch.device | None = None) -> torch.Tensor:
-    """A tensor without memory of the same shape, strides, dtype and class, on `device` (default: its own)."""
+def fake_tensor(
+    tensor: torch.Tensor, mode: FakeTensorMode, device: torch.device | None = None, keep_values: bool = False
+) -> torch.Tensor:
+    """A tensor without memory of the same shape, strides, dtype and class, on `device` (default: its own).
+
+    Tensors of integers are real copies; with `keep_values` all that require no gradient are, where they have values.
+    """
     where = device or tensor.device
     if where.type == "meta" or (where.type == "cuda" and not torch.cuda.is_available()):
         where = torch.device("cpu")
-    if not (tensor.is_floating_point() or tensor.is_complex() or isinstance(tensor, FakeTensor) or tensor.is_meta):
+    is_real = not (isinstance(tensor, FakeTensor) or tensor.is_meta)
+    if is_real and (
+        (keep_values and not tensor.requires_grad) or not (tensor.is_floating_point() or tensor.is_complex())
+    ):
         return tensor.detach().to(where, copy=True)
     if isinstance(tensor, torch.nn.Parameter):
         with mode:
             fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=where)
-        return torch.nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        parameter = torch.nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        parameter.__dict__.update(tensor.__dict__)
+        return parameter
     with mode:  # a view holds all of its storage
         whole = torch.empty(tensor.untyped_storage().nbytes() // tensor.itemsize, dtype=tensor.dtype, device=where)
         fake = whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
     return fake.requires_grad_(tensor.requires_grad)
 
 
-def fake_copy(value: Value, mode: FakeTensorMode, device: torch.device | None = None) -> Value:
-    """Deep copy of a module, or of nested call arguments, with every floating tensor fake; ties stay ties."""
+def fake_copy(
+    value: Value, mode: FakeTensorMode, device: torch.device | None = None, keep_values: bool = False
+) -> Value:
+    """Deep copy of a module, or of nested call arguments, with `fake_tensor` of every tensor; ties stay ties.
+
+    Raises ValueError for what Python cannot copy.
+    """
     memo: dict[int, Any] = {}
     kept: list[torch.Tensor] = []
     for tensor in _tensors(value):
         if id(tensor) not in memo:
-            memo[id(tensor)] = fake_tensor(tensor, mode, device)
+            memo[id(tensor)] = fake_tensor(tensor, mode, device, keep_values)
             kept.append(tensor)
-    return copy.deepcopy(value, memo)
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception as error:
+        raise ValueError(
+            f"planning works on a copy of the model and its inputs, and they cannot be copied: {error}"
+        ) from error
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -38,15 +38,11 @@ class FirstForward(StandIn):
         super().__init__(model)
         self.request = request
         self.apply = apply
-        self.waiting = True
-
-    def remove(self) -> None:
-        """Gives the model its own forward back; a wrapper that still calls this gets that forward too."""
-        self.waiting = False
-        super().remove()
+        self.planning = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.waiting and self.block.training and torch.is_grad_enabled():
+        waiting = not (self.removed or self.planning)
+        if waiting and self.block.training and torch.is_grad_enabled():
             self.plan(args, kwargs)
             own = vars(self.block).get("forward")
             if own is not None and own is not self.previous:
@@ -59,4 +55,8 @@ class FirstForward(StandIn):
     )
     def plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Plans for this call and installs the plan."""
-        self.apply(self.block, self.request, args, kwargs)
+        self.planning = True
+        try:
+            self.apply(self.block, self.request, args, kwargs)
+        finally:
+            self.planning = False

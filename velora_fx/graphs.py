@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from velora_fx.arguments import unflatten
+from velora_fx.attributes import is_plain_object
 from velora_fx.capture import Captured, capture
 from velora_fx.graph_data import graph_from_data, graph_to_data
 from velora_fx.passes import PREPARE, run
@@ -35,21 +37,43 @@ class Call:
         return [*self.state.values(), *(leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor))]
 
 
-@dataclass(eq=False)
-class RegionGraph:
-    """A prepared graph with its key; `gm` is None where capture failed, and `reason` says why.
+@dataclass(frozen=True)
+class Attribute:
+    """An attribute that a forward read: the module's name, its own, a copy of its value or the object itself.
 
-    `attributes` holds the plain attributes the forward read, as (module name, attribute, value).
+    `fields` holds the plain attributes of such an object (a configuration, as a rule).
     """
 
+    module: str
+    name: str
+    value: Any
+    fields: Mapping[str, Any]
+
+    def is_same(self, module: torch.nn.Module, exact: bool) -> bool:
+        """True if the module's attribute is what it was; `exact` also compares the identity of objects."""
+        live = getattr(module.get_submodule(self.module), self.name)
+        if _is_plain(self.value):
+            return bool(live == self.value)
+        if exact and live is not self.value:
+            return False
+        if torch.compiler.is_compiling() or not self.fields:
+            return True
+        now = vars(live)
+        return all(now.get(name) == value for name, value in self.fields.items())
+
+
+@dataclass(eq=False)
+class RegionGraph:
+    """A prepared graph with its key; `gm` is None where capture failed, and `reason` says why."""
+
     key: tuple[Any, ...]
-    attributes: tuple[tuple[str, str, Any], ...]
+    attributes: tuple[Attribute, ...]
     captured: Captured | None
     reason: str | None = None
 
     def __post_init__(self) -> None:
         guards = self.captured.guards if self.captured else ()
-        names = {"Mod": lambda a, b: a % b, "Max": max, "Min": min}
+        names = {"Mod": lambda a, b: a % b, "Max": max, "Min": min, "math": math, "torch": torch}
         self.fits: Callable[[list[torch.Tensor]], bool] = eval(f"lambda ts: {' and '.join(guards) or True}", names)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -99,7 +123,14 @@ def key_of(call: Call) -> tuple[Any, ...]:
         tuple([(name, type(child), child.training) for name, child in call.module.named_modules()]),
         tuple([(name, t.dtype, t.device.type, t.device.index, t.requires_grad) for name, t in call.state.items()]),
         tuple([(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]),
+        _aliases(call.leaves),
     )
+
+
+def _aliases(leaves: list[Any]) -> tuple[int, ...]:
+    """For each tensor the place of the first that is the same one: a forward may ask whether two are."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return tuple([next(i for i, other in enumerate(tensors) if other is tensor) for tensor in tensors])
 
 
 def _describe(leaf: Any) -> Any:
@@ -111,22 +142,15 @@ def _describe(leaf: Any) -> Any:
 def find_graph(graphs: Iterable[RegionGraph], call: Call, key: tuple[Any, ...], exact: bool) -> RegionGraph | None:
     """The graph that stands for the call, if there is one; `exact` also compares attributes that are objects."""
     for graph in graphs:
-        if graph.key == key and graph.fits(call.tensors) and _same_attributes(graph, call.module, exact):
+        same = graph.key == key and graph.fits(call.tensors)
+        if same and all(attribute.is_same(call.module, exact) for attribute in graph.attributes):
             return graph
     return None
 
 
-def _same_attributes(graph: RegionGraph, module: torch.nn.Module, exact: bool) -> bool:
-    for name, attribute, value in graph.attributes:
-        if _is_plain(value):
-            if getattr(module.get_submodule(name), attribute) != value:
-                return False
-        elif exact and getattr(module.get_submodule(name), attribute) is not value:
-            return False
-    return True
-
-
 def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
     return isinstance(value, PRIMITIVES) or (isinstance(value, (tuple, list)) and all(map(_is_plain, value)))
 
 
@@ -150,11 +174,18 @@ def make_graph(call: Call, key: tuple[Any, ...], forward: Callable[..., Any] | N
     try:
         captured = capture(call.module, call.args, call.kwargs, forward)
         run(captured.gm, PREPARE)
+        graph = RegionGraph(key, _attributes(call.module, captured), captured)
+        graph.fits(call.tensors)
     except Exception as error:
         return RegionGraph(key, (), None, str(error))
-    attributes = tuple(
-        (name, attribute, vars(call.module.get_submodule(name))[attribute])
-        for name, attribute in sorted(captured.reads)
-        if attribute in vars(call.module.get_submodule(name))
-    )
-    return RegionGraph(key, attributes, captured)
+    return graph
+
+
+def _attributes(module: torch.nn.Module, captured: Captured) -> tuple[Attribute, ...]:
+    found = []
+    for name, attribute in sorted(captured.reads):
+        value = getattr(module.get_submodule(name), attribute)
+        fields = vars(value) if is_plain_object(value) else {}
+        fields = {key: copy.deepcopy(field) for key, field in fields.items() if _is_plain(field)}
+        found.append(Attribute(name, attribute, copy.deepcopy(value) if _is_plain(value) else value, fields))
+    return tuple(found)

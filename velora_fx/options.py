@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -75,11 +76,11 @@ def budget_bytes_of(budget_gb: Any, device: torch.device) -> int:
         if not torch.cuda.is_available():
             raise ValueError('budget_gb="device" needs a CUDA device, and this machine has none: pass a number of GiB')
         return int(torch.cuda.get_device_properties(device).total_memory)
-    if isinstance(budget_gb, bool) or not isinstance(budget_gb, (int, float)):
+    if isinstance(budget_gb, bool) or not isinstance(budget_gb, Real):
         raise ValueError(f'budget_gb must be a number of GiB or "device", got {budget_gb!r}')
     if not math.isfinite(budget_gb) or budget_gb <= 0:
         raise ValueError(f"budget_gb must be a positive number of GiB, got {budget_gb!r}")
-    return int(budget_gb * GIB)
+    return int(float(budget_gb) * GIB)
 
 
 def planning_device(model: torch.nn.Module, options: Options) -> torch.device:

@@ -57,7 +57,10 @@ def _search(analysis: Analysis, budget_bytes: int | None) -> tuple[Sizes, Peak]:
         correction = planned.peak_bytes - estimate
     if best is not None:
         return best[1], best[2]
-    return _tightest(analysis), analysis.simulate_plan(_tightest(analysis))
+    tightest = analysis.simulate_plan(_tightest(analysis))
+    if tightest.peak_bytes > analysis.baseline.peak_bytes:
+        return {}, analysis.baseline
+    return _tightest(analysis), tightest
 
 
 def _tightest(analysis: Analysis) -> Sizes:
@@ -153,7 +156,7 @@ def _decision(candidate: Candidate, size: int | None) -> Decision:
 
 
 def _notes(analysis: Analysis, plan: Plan) -> list[str]:
-    notes = []
+    notes = list(analysis.notes)
     if plan.planned.moment == "optimizer step":
         notes.append(
             "the peak is the optimizer step: what is kept for backward is gone by then, so compressing activations "

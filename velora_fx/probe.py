@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ import torch
 from velora_fx.graphs import RegionGraph, find_graph, key_of, make_graph, merge_graph
 from velora_fx.passes.find_products import find_products
 from velora_fx.passes.saved_tensors import SavedTensors, Saving
-from velora_fx.region import is_checkpointed, make_call
+from velora_fx.region import CHECKPOINTED, hooks_in, is_checkpointed, make_call
 from velora_fx.regions import child_regions, find_regions
 from velora_fx.timeline import Timeline
 from velora_fx.tracker import Tracker
+
+REPLACED = "its forward was replaced by a function, of which planning can make no copy"
 
 
 @dataclass(frozen=True)
@@ -49,15 +52,20 @@ def probe(
     run_step: Callable[[torch.nn.Module, Tracker], Timeline],
     tracker: Tracker,
     progress: Callable[[str], None],
+    replaced: Collection[str],
 ) -> Findings:
-    """Runs `run_step(model, tracker)` with every region captured; a region that fails is tried again by its parts."""
+    """Runs `run_step(model, tracker)` with every region captured; a region that fails is tried again by its parts.
+
+    `replaced` names the modules whose real forward is not the one of this copy: they are no regions.
+    """
     findings = Findings()
     saved = SavedTensors(tracker)
     library: list[RegionGraph] = []
 
     def observe(name: str, block: torch.nn.Module) -> None:
-        if "forward" not in vars(block):
-            block.forward = _Probe(name, block, findings, saved, library, observe, progress)
+        forward = vars(block).get("forward")
+        if not isinstance(forward, _Probe):
+            block.forward = _Probe(name, block, forward, name in replaced, findings, saved, library, observe, progress)
 
     for name, block in find_regions(model).items():
         findings.calls[name] = 0
@@ -73,6 +81,8 @@ def probe(
 class _Probe:
     name: str
     block: torch.nn.Module
+    forward: Callable[..., Any] | None
+    is_replaced: bool
     findings: Findings
     saved: SavedTensors
     library: list[RegionGraph]
@@ -85,7 +95,7 @@ class _Probe:
         if graph.gm is None:
             self.fall_back(graph)
         if graph.gm is None or is_checkpointed(self.block):
-            return type(self.block).forward(self.block, *args, **kwargs)
+            return (self.forward or partial(type(self.block).forward, self.block))(*args, **kwargs)
         return graph.result(self.saved.run(graph.gm, self.name, inputs))
 
     def graph_and_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[RegionGraph, list[Any]]:
@@ -93,10 +103,13 @@ class _Probe:
         given, passed = [*args, *kwargs.values()], [*call.args, *call.kwargs.values()]
         self.findings.empty_caches |= any(a is not b for a, b in zip(given, passed, strict=True))
         key = key_of(call)
+        reason = REPLACED if self.is_replaced else hooks_in(self.block)
+        if reason is not None:
+            return RegionGraph(key, (), None, reason), call.tensors
         graph = find_graph(self.library, call, key, exact=True)
         if graph is None:
             self.progress(self.name or "the model")
-            graph = merge_graph(self.library, make_graph(call, key))
+            graph = merge_graph(self.library, make_graph(call, key, self.forward))
             if graph not in self.library:
                 self.library.append(graph)
         graphs = self.findings.graphs.setdefault(self.name, [])
@@ -107,10 +120,9 @@ class _Probe:
 
     def note_products(self, graph: RegionGraph, state: dict[str, torch.Tensor]) -> None:
         assert graph.gm is not None
-        recomputed = "its block is recomputed in backward (gradient checkpointing), so nothing is kept for it"
         for product in find_products(graph.gm):
             if state[product.parameter].requires_grad:
-                reason = recomputed if is_checkpointed(self.block) else product.reason
+                reason = CHECKPOINTED if is_checkpointed(self.block) else product.reason
                 use = Use(self.name, product.consumer, product.parameter, reason)
                 self.findings.uses.setdefault((self.name, product.consumer), use)
 

@@ -14,12 +14,14 @@ import torch
 from velora_fx.arguments import flatten, without_empty_caches
 from velora_fx.capture import state_of
 from velora_fx.graphs import Call, RegionGraph, find_graph, key_of, make_graph
+from velora_fx.limits import autocast_depth
 from velora_fx.passes import run
 from velora_fx.passes.find_products import find_products
 from velora_fx.passes.swap import Choice, swap
 from velora_fx.stand_in import StandIn
 
 MAX_GRAPHS = 8
+CHECKPOINTED = "it is recomputed in backward (gradient checkpointing), so nothing is kept for it"
 
 
 class Region(StandIn):
@@ -50,16 +52,21 @@ class Region(StandIn):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         exact = not self.block.training or not torch.is_grad_enabled() or _inside_torch_func()
-        if exact or _has_hooks(self.block) or is_checkpointed(self.block):
+        if self.removed or exact:
+            return self.original(*args, **kwargs)
+        reason = CHECKPOINTED if is_checkpointed(self.block) else hooks_in(self.block)
+        if reason is not None:
+            self.warn(f"runs its original forward, exactly: {reason}")
             return self.original(*args, **kwargs)
         call = make_call(self.block, args, kwargs)
         graph = self.graph_for(call)
         if graph is None or graph.gm is None:
             return self.original(*args, **kwargs)
+        depth = 0 if torch.compiler.is_compiling() else autocast_depth()
         try:
             outputs = graph.gm(*call.tensors, *self.placed_on(call.tensors[0].device))
         except BaseException:
-            torch._C._set_grad_enabled(True)  # it may have been raised in a no_grad stretch of the graph
+            _leave_stretches(graph.key, depth)
             raise
         return graph.result(outputs)
 
@@ -80,7 +87,7 @@ class Region(StandIn):
 
     def warn(self, text: str) -> None:
         """Warns, once a region."""
-        if not self.warned:
+        if not self.warned and not torch.compiler.is_compiling():
             warnings.warn(f"velora_fx: {self.name or 'the model'} {text}", stacklevel=3)
         self.warned = True
 
@@ -129,7 +136,7 @@ def rewritten(graph: RegionGraph, choices: Mapping[str, Choice]) -> RegionGraph:
         if product.consumer in choices and product.parameter in trainable
     }
     if not wanted:
-        return RegionGraph(graph.key, graph.attributes, None)
+        return RegionGraph(graph.key, graph.attributes, None, "none of the weights that the plan compresses is trained")
     gm = copy.deepcopy(graph.gm)
     run(gm, [partial(swap, choices=choices)])
     return RegionGraph(graph.key, graph.attributes, replace(graph.captured, gm=gm))
@@ -140,15 +147,27 @@ def is_checkpointed(block: torch.nn.Module) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in block.modules())
 
 
+def hooks_in(block: torch.nn.Module) -> str | None:
+    """Which hooks a graph of the block would not call; None if there are none. Those on the block itself run."""
+    for name, module in block.named_modules():
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        if module is not block and any(hooks):
+            return f"{name} in it has hooks, which a graph would not call"
+    if not torch.compiler.is_compiling() and torch.nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        return "there are hooks on all modules, which a graph would not call"
+    return None
+
+
 def _inside_torch_func() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _has_hooks(block: torch.nn.Module) -> bool:
-    """Hooks on modules inside the block, which a graph would not call."""
-    for module in block.modules():
-        if module is not block and (
-            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        ):
-            return True
-    return False
+def _leave_stretches(key: tuple[Any, ...], depth: int) -> None:
+    """Sets grad mode and autocast to what they were at the call: an error may have been raised in a stretch."""
+    torch._C._set_grad_enabled(True)
+    for kind, enabled, dtype in key[4]:
+        torch.set_autocast_enabled(kind, enabled)
+        torch.set_autocast_dtype(kind, dtype)
+    while autocast_depth() > depth:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import traceback
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from velora_fx.fake import kernels_of
 from velora_fx.timeline import Timeline
@@ -48,7 +51,7 @@ def simulate(
     before = set(tracker.live())
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), tracker, kernels_of(device):
         tracker.mark("forward")
-        loss = loss_fn(model(*args, **kwargs))
+        loss = _run_forward(lambda: loss_fn(model(*args, **kwargs)))
         tracker.mark("backward")
         for storage in tracker.live():
             if storage not in before:
@@ -58,7 +61,7 @@ def simulate(
         del loss
         tracker.mark("optimizer step")
         if optimizer is not None:
-            optimizer.step()
+            _optimizer_step(optimizer)
     return tracker.timeline()
 
 
@@ -68,8 +71,30 @@ def _prime(optimizer: torch.optim.Optimizer) -> None:
         for parameter in group["params"]:
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
-    optimizer.step()
+    _optimizer_step(optimizer)
     optimizer.zero_grad(set_to_none=True)
+
+
+def _optimizer_step(optimizer: torch.optim.Optimizer) -> None:
+    try:
+        optimizer.step()
+    except Exception as error:
+        raise ValueError(
+            f"a step of {type(optimizer).__name__} cannot be simulated ({type(error).__name__}: {error}): "
+            "pass optimizer='adamw', 'sgd' or 'none', whichever holds as much state"
+        ) from error
+
+
+def _run_forward(run: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Runs a forward; ValueError, with the place in the code, where it asks for values that planning does not have."""
+    try:
+        return run()
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        inside = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
+        raise ValueError(
+            "planning runs the model without values, and its forward asks for some (a branch on an activation, "
+            f".item(), nonzero): {inside[-1].filename}:{inside[-1].lineno}: {inside[-1].line}"
+        ) from error
 
 
 def _label_gradients(model: torch.nn.Module, tracker: Tracker) -> None:
@@ -107,6 +132,8 @@ def optimizer_factory(optimizer: Any, model: torch.nn.Module, device: torch.devi
     The optimizer of a copy of the model is made from it; an instance is copied with its parameter groups and
     settings. Raises ValueError for anything else, or for an instance with parameters that are not the model's.
     """
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = optimizer.optimizer  # accelerate's wrapper
     if isinstance(optimizer, torch.optim.Optimizer):
         return _copy_of(optimizer, model)
     if isinstance(optimizer, str) and optimizer == "none":
@@ -139,8 +166,11 @@ def _copy_of(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> Optimi
         groups = [
             {**group, "params": [parameters[names[id(p)]] for p in group["params"]]} for group in optimizer.param_groups
         ]
-        accepted = inspect.signature(type(optimizer)).parameters
-        defaults = {name: value for name, value in optimizer.defaults.items() if name in accepted}
-        return type(optimizer)(groups, **defaults)
+        # Made without its constructor, whose arguments are not known; a scheduler's wrapper of `step` stays behind.
+        own = {name: value for name, value in vars(optimizer).items() if name != "step" and not name.endswith("_hooks")}
+        made = type(optimizer).__new__(type(optimizer))
+        vars(made).update(own)
+        made.__setstate__({"state": defaultdict(dict), "param_groups": groups})
+        return made
 
     return make

@@ -18,14 +18,17 @@ class StandIn:
     def __init__(self, block: torch.nn.Module) -> None:
         self.block = block
         self.previous = vars(block).get("forward")
+        self.removed = False
         self.__signature__ = inspect.signature(block.forward)
 
     def install(self) -> None:
         """Makes this the forward of the block."""
+        self.removed = False
         setattr(self.block, "forward", self)  # noqa: B010 (a plain attribute that shadows the method)
 
     def remove(self) -> None:
-        """Gives the block its own forward back."""
+        """Gives the block its own forward back; a wrapper that still calls this gets that forward too."""
+        self.removed = True
         if vars(self.block).get("forward") is self:
             del self.block.forward
             if self.previous is not None:
