@@ -139,5 +139,5 @@ def _recording(
 
 
 def _is_class_constant(class_: type, attribute: str) -> bool:
-    value = next((vars(base)[attribute] for base in class_.__mro__ if attribute in vars(base)), None)
-    return value is not None and isinstance(value, (*CONSTANTS, tuple, list, dict))
+    found = [vars(base)[attribute] for base in class_.__mro__ if attribute in vars(base)]
+    return bool(found) and isinstance(found[0], (*CONSTANTS, tuple, list, dict))

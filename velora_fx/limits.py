@@ -26,13 +26,15 @@ def refusals() -> Iterator[None]:
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     own_backward = _replaced(torch.autograd.Function, "apply", classmethod(_apply))
-    with own_backward, _replaced(saved_tensors_hooks, "__enter__", _enter), _Watch():
-        yield
-    same_numpy = all(np.array_equal(a, b) for a, b in zip(numpy_state, np.random.get_state(), strict=True))
-    if random.getstate() != python_state or not same_numpy:
+    try:
+        with own_backward, _replaced(saved_tensors_hooks, "__enter__", _enter), _Watch():
+            yield
+        same_numpy = all(np.array_equal(a, b) for a, b in zip(numpy_state, np.random.get_state(), strict=True))
+        if random.getstate() != python_state or not same_numpy:
+            raise CaptureError("its forward draws random numbers from Python or NumPy")
+    finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-        raise CaptureError("its forward draws random numbers from Python or NumPy")
 
 
 class _Watch(TorchFunctionMode):

@@ -86,11 +86,11 @@ def _sizes(candidates: Sequence[Candidate], levels: Sequence[int]) -> Sizes:
 
 def sizes_of(plan: Plan, analysis: Analysis) -> Sizes:
     """The choice that a plan stands for, on a model that was analysed; ValueError if the plan is for another one."""
-    candidates = {candidate.key: candidate for candidate in analysis.candidates}
+    candidates = {candidate.consumers: candidate for candidate in analysis.candidates}
     sizes = {}
     for decision in plan.compressed:
-        candidate = candidates.get((decision.region, decision.tensor))
-        if candidate is None or candidate.consumers != decision.consumers:
+        candidate = candidates.get(decision.consumers)
+        if candidate is None:
             raise ValueError(
                 f"the plan compresses the input of {', '.join(decision.consumers)}, which this model does not save "
                 "for its weights alone: make the plan with this model and these inputs"

@@ -148,8 +148,15 @@ def optimizer_factory(optimizer: Any, model: torch.nn.Module, device: torch.devi
     # What PyTorch chooses by itself on a GPU; the fake weights of a plan made without one are CPU tensors.
     takes_foreach = "foreach" in inspect.signature(make).parameters
     options: dict[str, Any] = {"foreach": True} if device.type == "cuda" and takes_foreach else {}
-    construct: Callable[..., torch.optim.Optimizer] = make
-    return lambda copied: construct([p for p in copied.parameters() if p.requires_grad], **options)
+
+    def construct(copied: torch.nn.Module) -> torch.optim.Optimizer:
+        try:
+            made: torch.optim.Optimizer = make([p for p in copied.parameters() if p.requires_grad], **options)
+        except TypeError as error:
+            raise ValueError(f"the optimizer class {make.__name__} takes more arguments: pass an instance") from error
+        return made
+
+    return construct
 
 
 def _copy_of(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> OptimizerFactory:
