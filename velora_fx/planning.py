@@ -13,6 +13,7 @@ from velora_fx.candidates import Candidate
 from velora_fx.options import Options
 from velora_fx.overhead import overhead_bytes
 from velora_fx.plans import BudgetError, Decision, Plan
+from velora_fx.projection import without_wrappers
 from velora_fx.report import in_units
 from velora_fx.solver import Item, choose
 from velora_fx.timeline import Peak
@@ -86,10 +87,10 @@ def _sizes(candidates: Sequence[Candidate], levels: Sequence[int]) -> Sizes:
 
 def sizes_of(plan: Plan, analysis: Analysis) -> Sizes:
     """The choice that a plan stands for, on a model that was analysed; ValueError if the plan is for another one."""
-    candidates = {candidate.consumers: candidate for candidate in analysis.candidates}
+    candidates = {_names(candidate.consumers): candidate for candidate in analysis.candidates}
     sizes = {}
     for decision in plan.compressed:
-        candidate = candidates.get(decision.consumers)
+        candidate = candidates.get(_names(decision.consumers))
         if candidate is None:
             raise ValueError(
                 f"the plan compresses the input of {', '.join(decision.consumers)}, which this model does not save "
@@ -103,6 +104,10 @@ def sizes_of(plan: Plan, analysis: Analysis) -> Sizes:
             )
         sizes[candidate.key] = decision.sub_token_size
     return sizes
+
+
+def _names(consumers: Sequence[str]) -> tuple[str, ...]:
+    return tuple(without_wrappers(name) for name in consumers)
 
 
 def write_plan(

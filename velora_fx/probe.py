@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import contextlib
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -109,7 +110,8 @@ class _Probe:
         graph = find_graph(self.library, call, key, exact=True)
         if graph is None:
             self.progress(self.name or "the model")
-            graph = merge_graph(self.library, make_graph(call, key, self.forward))
+            with _without_checkpointing(self.block):  # what it multiplies is to be known all the same
+                graph = merge_graph(self.library, make_graph(call, key, self.forward))
             if graph not in self.library:
                 self.library.append(graph)
         graphs = self.findings.graphs.setdefault(self.name, [])
@@ -131,3 +133,15 @@ class _Probe:
         self.findings.failures.setdefault(self.name, graph.reason or "")
         for name, child in child_regions(self.block, self.name).items():
             self.observe(name, child)
+
+
+@contextlib.contextmanager
+def _without_checkpointing(block: torch.nn.Module) -> Iterator[None]:
+    modules = [module for module in block.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in modules:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.gradient_checkpointing = True  # type: ignore[assignment]

@@ -15,11 +15,15 @@ def sign_projection(
 
     The generator's seed is a hash of the arguments; what wrappers add to a name (`module`, `_orig_mod`) does not count.
     """
-    name = ".".join(part for part in f"{region}.{tensor}".split(".") if part not in ("", "module", "_orig_mod"))
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}/{without_wrappers(f'{region}.{tensor}')}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     bits = torch.randint(0, 2, (num_groups, sub_token_size), generator=generator, device="cpu")
     return (bits.to(dtype) * 2 - 1) / math.sqrt(sub_token_size)
+
+
+def without_wrappers(name: str) -> str:
+    """A dotted name without what DDP and torch.compile add to it."""
+    return ".".join(part for part in name.split(".") if part not in ("", "module", "_orig_mod"))
 
 
 def mean_projection(x: torch.Tensor, sub_token_size: int) -> torch.Tensor:
