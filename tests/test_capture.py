@@ -729,3 +729,20 @@ def test_a_graph_can_be_copied():
     copied = copy.deepcopy(gm)
     assert graph_text(copied) == graph_text(gm)
     assert torch.equal(copied(*state_of(module).values(), x)[0], module(x))
+
+
+class Settings:
+    """Like a model's configuration, of which one forward reads a part."""
+
+    def __init__(self) -> None:
+        self.factor, self.kind = 2.0, None
+
+
+def test_a_field_that_the_forward_did_not_read_may_change():
+    """Hugging Face heads write what kind of problem it is into the configuration in their first forward."""
+    module, x = Of(lambda m, x: m.linear(x) * m.settings.factor, settings=Settings()), rows()
+    graph, call = graph_of(module, x), call_of(module, (x,), {})
+    module.settings.kind = "classification"
+    assert find_graph([graph], call, key_of(call), exact=False) is graph
+    module.settings.factor = 3.0
+    assert find_graph([graph], call, key_of(call), exact=False) is None

@@ -14,6 +14,7 @@ from velora_fx.arguments import CONSTANTS
 
 # What every module has, none of which a forward may depend on but `training`, which is a part of a graph's key.
 INTERNAL_ATTRIBUTES = frozenset({*vars(torch.nn.Module()), "forward", "_compiled_call_impl"})
+HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class made by Python code, which can be changed for a while
 
 
 @contextlib.contextmanager
@@ -104,38 +105,52 @@ def _is_new(old: Any, new: Any) -> bool:
 
 
 @contextlib.contextmanager
-def recorded_reads(module: torch.nn.Module) -> Iterator[set[tuple[str, str]]]:
-    """Collects which plain attributes (no tensors, no submodules) of the module tree are read meanwhile."""
-    reads: set[tuple[str, str]] = set()
-    names = {id(child): name for name, child in module.named_modules()}
-    classes = {type(child): type(child).__getattribute__ for child in module.modules()}
-    own = {class_ for class_ in classes if "__getattribute__" in vars(class_)}
-    try:
-        for class_, original in classes.items():
-            class_.__getattribute__ = _recording(original, names, reads)  # type: ignore[method-assign]
+def recorded_reads(module: torch.nn.Module) -> Iterator[set[tuple[str, ...]]]:
+    """Collects which attributes (no parameters, no submodules) of the module tree are read meanwhile.
+
+    They are listed as (module name, attribute), and those of a plain object (a configuration) that is an attribute
+    itself as (module name, attribute, field).
+    """
+    reads: set[tuple[str, ...]] = set()
+    owners: dict[int, tuple[str, ...]] = {id(child): (name,) for name, child in module.named_modules()}
+    classes = {type(child) for child in module.modules()}
+    for name, child in module.named_modules():
+        for attribute, value in vars(child).items():
+            if is_plain_object(value):
+                owners.setdefault(id(value), (name, attribute))
+                if type(value).__flags__ & HEAP_TYPE:
+                    classes.add(type(value))
+                else:
+                    reads.update((name, attribute, field) for field in vars(value))
+    with contextlib.ExitStack() as stack:
+        for class_ in classes:
+            stack.enter_context(_recording(class_, owners, reads))
         yield reads
-    finally:
-        for class_, original in classes.items():
-            if class_ in own:
-                class_.__getattribute__ = original  # type: ignore[method-assign]
-            else:
-                del class_.__getattribute__
 
 
-def _recording(
-    original: Callable[[Any, str], Any], names: dict[int, str], reads: set[tuple[str, str]]
-) -> Callable[[Any, str], Any]:
+@contextlib.contextmanager
+def _recording(class_: type, owners: dict[int, tuple[str, ...]], reads: set[tuple[str, ...]]) -> Iterator[None]:
+    own = vars(class_).get("__getattribute__")
+    original: Any = class_.__getattribute__
+
     def __getattribute__(self: Any, attribute: str) -> Any:
-        name = names.get(id(self))
+        owner = owners.get(id(self))
         if (
-            name is not None
+            owner is not None
             and attribute not in INTERNAL_ATTRIBUTES
             and (attribute in object.__getattribute__(self, "__dict__") or _is_class_constant(type(self), attribute))
         ):
-            reads.add((name, attribute))
+            reads.add((*owner, attribute))
         return original(self, attribute)
 
-    return __getattribute__
+    class_.__getattribute__ = __getattribute__  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        if own is not None:
+            class_.__getattribute__ = own  # type: ignore[method-assign]
+        else:
+            del class_.__getattribute__
 
 
 def _is_class_constant(class_: type, attribute: str) -> bool:

@@ -27,8 +27,8 @@ class Captured:
 
     `gm.meta["state"]` maps the placeholder of each parameter and buffer to its dotted name, in order. `outputs` is
     the structure of the result, `constants` its leaves with None where a tensor belongs (at `slots`). `guards` are
-    Python expressions over the list `ts` of all inputs; `reads` the plain attributes the forward looked at, as
-    (module name, attribute).
+    Python expressions over the list `ts` of all inputs; `reads` the attributes that the forward
+    looked at, as `recorded_reads` lists them.
     """
 
     gm: GraphModule
@@ -36,7 +36,7 @@ class Captured:
     constants: tuple[Any, ...]
     slots: tuple[int, ...]
     guards: tuple[str, ...]
-    reads: frozenset[tuple[str, str]]
+    reads: frozenset[tuple[str, ...]]
 
 
 def state_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -92,7 +92,7 @@ def capture(
             raise
         except Exception as error:
             raise CaptureError(_first_line(error)) from error
-    for name, attribute in sorted(reads):
+    for name, attribute in sorted(read for read in reads if len(read) == 2):
         if holds_tensor(getattr(module.get_submodule(name), attribute)):
             full = f"{name}.{attribute}".lstrip(".")
             raise CaptureError(f"its forward reads {full}, a tensor that is no parameter or buffer: register it as one")

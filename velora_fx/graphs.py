@@ -12,7 +12,6 @@ import torch
 from torch.fx import GraphModule
 
 from velora_fx.arguments import unflatten
-from velora_fx.attributes import is_plain_object
 from velora_fx.capture import Captured, capture
 from velora_fx.graph_data import graph_from_data, graph_to_data
 from velora_fx.passes import PREPARE, run
@@ -41,7 +40,7 @@ class Call:
 class Attribute:
     """An attribute that a forward read: the module's name, its own, a copy of its value or the object itself.
 
-    `fields` holds the plain attributes of such an object (a configuration, as a rule).
+    `fields` holds the plain attributes that it read of such an object (a configuration, as a rule).
     """
 
     module: str
@@ -58,8 +57,7 @@ class Attribute:
             return False
         if torch.compiler.is_compiling() or not self.fields:
             return True
-        now = vars(live)
-        return all(now.get(name) == value for name, value in self.fields.items())
+        return all(getattr(live, name, None) == value for name, value in self.fields.items())
 
 
 @dataclass(eq=False)
@@ -183,9 +181,11 @@ def make_graph(call: Call, key: tuple[Any, ...], forward: Callable[..., Any] | N
 
 def _attributes(module: torch.nn.Module, captured: Captured) -> tuple[Attribute, ...]:
     found = []
-    for name, attribute in sorted(captured.reads):
+    for name, attribute in sorted({read[:2] for read in captured.reads}):
         value = getattr(module.get_submodule(name), attribute)
-        fields = vars(value) if is_plain_object(value) else {}
-        fields = {key: copy.deepcopy(field) for key, field in fields.items() if _is_plain(field)}
+        read = {
+            path[2]: getattr(value, path[2]) for path in captured.reads if path[:2] == (name, attribute) and path[2:]
+        }
+        fields = {key: copy.deepcopy(field) for key, field in read.items() if _is_plain(field)}
         found.append(Attribute(name, attribute, copy.deepcopy(value) if _is_plain(value) else value, fields))
     return tuple(found)
