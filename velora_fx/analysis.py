@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from velora_fx.candidates import Candidate, find_candidates, full_name
 from velora_fx.fake import fake_copy, fake_mode
@@ -69,15 +70,10 @@ def analyse(
     mode = fake_mode()
     make_optimizer = optimizer_factory(options.optimizer, model, device)
 
-    # A copy of a function still calls the model that it was made for: the copy gets the forward of its class.
     replaced = [name for name, module in model.named_modules() if isinstance(vars(module).get("forward"), FunctionType)]
 
     def fake_model() -> torch.nn.Module:
-        fake = fake_copy(model, mode, device)
-        for name in replaced:
-            del fake.get_submodule(name).forward
-        uninstall(fake)
-        return fake if model.training else fake.train()
+        return _fake_model(model, mode, device, replaced)
 
     def step(fake: torch.nn.Module, tracker: Tracker | None = None) -> Timeline:
         inputs = fake_copy((args, kwargs), mode, device, keep_values=True)
@@ -107,12 +103,30 @@ def analyse(
     _check_sizes(options, candidates, findings)
     skipped += _without_products(fake_model(), findings)
     moments = _moments(findings, candidates, overhead_bytes(device))
+    return Analysis(findings, candidates, skipped, baseline, moments, _notes(model, replaced), simulate_plan)
+
+
+def _fake_model(
+    model: torch.nn.Module, mode: FakeTensorMode, device: torch.device, replaced: Collection[str]
+) -> torch.nn.Module:
+    """An untouched copy in training mode; modules in `replaced` get the forward of their class.
+
+    A copy of a function would still call the module that it was made for.
+    """
+    fake = fake_copy(model, mode, device)
+    for name in replaced:
+        del fake.get_submodule(name).forward
+    uninstall(fake)
+    return fake if model.training else fake.train()
+
+
+def _notes(model: torch.nn.Module, replaced: Collection[str]) -> tuple[str, ...]:
     notes = []
     if not model.training:
         notes.append("the model is in eval mode; the plan is for training mode")
     if "" in replaced:
         notes.append("the model's forward was replaced by a function; the plan is for the forward of its class")
-    return Analysis(findings, candidates, skipped, baseline, moments, tuple(notes), simulate_plan)
+    return tuple(notes)
 
 
 def exclusion(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,12 +92,7 @@ def capture(
             raise
         except Exception as error:
             raise CaptureError(_first_line(error)) from error
-    for name, attribute in sorted(read for read in reads if len(read) == 2):
-        if holds_tensor(getattr(module.get_submodule(name), attribute)):
-            full = f"{name}.{attribute}".lstrip(".")
-            raise CaptureError(f"its forward reads {full}, a tensor that is no parameter or buffer: register it as one")
-    if changed:
-        raise CaptureError(f"its forward sets the attribute {changed[0]}, which a graph would not do")
+    _check_attributes(module, reads, changed)
     constants = []
     for leaf in result["leaves"]:
         if not isinstance(leaf, (torch.Tensor, torch.SymInt, *CONSTANTS)):
@@ -107,6 +102,15 @@ def capture(
     gm = _plain_graph_module(program, list(state))
     guards = _guards(program, gm, len(state))
     return Captured(gm, result["outputs"], tuple(constants), tuple(output_slots), guards, frozenset(reads))
+
+
+def _check_attributes(module: torch.nn.Module, reads: Iterable[tuple[str, ...]], changed: Sequence[str]) -> None:
+    for name, attribute in sorted(read for read in reads if len(read) == 2):
+        if holds_tensor(getattr(module.get_submodule(name), attribute)):
+            full = f"{name}.{attribute}".lstrip(".")
+            raise CaptureError(f"its forward reads {full}, a tensor that is no parameter or buffer: register it as one")
+    if changed:
+        raise CaptureError(f"its forward sets the attribute {changed[0]}, which a graph would not do")
 
 
 class _ForwardOnly(torch.nn.Module):
