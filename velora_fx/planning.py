@@ -92,9 +92,10 @@ def sizes_of(plan: Plan, analysis: Analysis) -> Sizes:
     for decision in plan.compressed:
         candidate = candidates.get(_names(decision.consumers))
         if candidate is None:
+            reasons = [f" ({s.reason})" for s in analysis.skipped if s.module in decision.consumers]
             raise ValueError(
                 f"the plan compresses the input of {', '.join(decision.consumers)}, which this model does not save "
-                "for its weights alone: make the plan with this model and these inputs"
+                f"for its weights alone{''.join(reasons[:1])}: make the plan with this model and these inputs"
             )
         assert decision.sub_token_size is not None
         if candidate.savings[0].shape[-1] % decision.sub_token_size:
