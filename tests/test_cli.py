@@ -146,6 +146,25 @@ def test_the_options_reach_the_plan(llama: list[str], capsys: pytest.CaptureFixt
     assert {decision["dtype"] for decision in data["decisions"]} == {"bfloat16"}
 
 
+def test_a_plot_is_written_beside_the_report_also_of_a_plan_that_does_not_fit(
+    llama: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, (budget, code) in enumerate([(ENOUGH, 0), (TOO_LITTLE, 1)]):
+        picture = tmp_path / f"{number}.png"
+        assert main([*llama, "--budget-gb", budget, "--plot", str(picture)]) == code
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert "predicted peak" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", ["plan.gif", "no/such/folder/plan.svg"])
+def test_a_plot_that_cannot_be_written_is_bad_input(
+    llama: list[str], path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*llama, "--budget-gb", ENOUGH, "--plot", path]) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and path in error and error.count("\n") == 1
+
+
 def test_a_preset_is_planned_for_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--model", "llama-60m", "--seq-len", "128", "--budget-gb", "80"]) == 0
     assert "model.layers.0-7 x8" in capsys.readouterr().out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
 
@@ -82,7 +82,7 @@ def analyse(
 
     def peak(fake: torch.nn.Module) -> Peak:
         highest = step(fake).peak
-        return Peak(highest.peak_bytes + overhead_bytes(device), highest.breakdown, highest.moment)
+        return replace(highest, peak_bytes=highest.peak_bytes + overhead_bytes(device))
 
     def simulate_plan(sizes: Sizes) -> Peak:
         progress("planned step")

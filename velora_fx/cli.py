@@ -47,6 +47,9 @@ examples:
   For scripts: one JSON object on stdout, and the answer as the exit code.
     velora-plan --model gpt2-xl --batch-size 8 --budget-gb 44 --json > plan.json
 
+  A picture of the step, untouched and planned.
+    velora-plan --model llama-7b --batch-size 4 --seq-len 2048 --optimizer sgd --budget-gb 56 --plot plan.svg
+
   A model of your own, in float32 on CPU.
     velora-plan --model my_package.models:make_classifier --dtype float32 --device cpu --budget-gb 2
 
@@ -73,6 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:  # Python's own exit code for it is 1, which means here that the step does not fit
         traceback.print_exc()
         return FAILED
+    try:
+        if arguments.plot is not None:
+            plan.plot(arguments.plot)
+    except (ValueError, ImportError, OSError) as error:
+        return _complain(error, BAD_INPUT)
     print(plan.to_json() if arguments.json else plan)
     return FITS if plan.fits else DOES_NOT_FIT
 
@@ -109,6 +117,7 @@ def parser() -> argparse.ArgumentParser:
     add("--sub-token-sizes", metavar="M,M", help="sizes to choose from, such as 16,32 (default: 2 to 128)")
     add("--seed", type=int, default=0, help="seed of the projections (default: 0)")
     add("--json", action="store_true", help="print the plan as one JSON object instead of the report")
+    add("--plot", metavar="FILE", help="draw memory over the step, as a .svg, .png or .pdf file (needs matplotlib)")
     return made
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+from velora_fx.plotting import plot
 from velora_fx.report import render
-from velora_fx.timeline import Peak
+from velora_fx.timeline import Curve, Peak
 
 SCHEMA = 1
 
@@ -76,6 +78,10 @@ class Plan:
     def __str__(self) -> str:
         return render(self)
 
+    def plot(self, path: str | Path) -> None:
+        """Draws memory over the step, before and after, as a .svg, .png or .pdf file; needs matplotlib."""
+        plot(self, path)
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, in the schema of `tools/plan.py --json`."""
         return {"schema": SCHEMA, **asdict(self), "fits": self.fits}
@@ -90,7 +96,7 @@ class Plan:
         if data.get("schema") != SCHEMA:
             raise ValueError(f"a plan of schema {SCHEMA} is needed, got schema {data.get('schema')!r}")
         fields = {name: value for name, value in data.items() if name not in ("schema", "fits")}
-        fields["baseline"], fields["planned"] = Peak(**data["baseline"]), Peak(**data["planned"])
+        fields["baseline"], fields["planned"] = _peak(data["baseline"]), _peak(data["planned"])
         fields["decisions"] = tuple(
             Decision(**{**item, "consumers": tuple(item["consumers"]), "shape": tuple(item["shape"])})
             for item in data["decisions"]
@@ -103,6 +109,14 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         """The inverse of `to_json`; raises ValueError for text that is no plan."""
         return cls.from_dict(json.loads(text))
+
+
+def _peak(data: Mapping[str, Any]) -> Peak:
+    curve = data.get("curve")
+    if curve is not None:
+        categories = {name: tuple(values) for name, values in curve["categories"].items()}
+        curve = Curve(categories, tuple((start, moment) for start, moment in curve["moments"]))
+    return Peak(**{**data, "curve": curve})
 
 
 class BudgetError(ValueError):

@@ -10,15 +10,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 CATEGORIES = ("parameters", "buffers", "gradients", "optimizer", "activations", "temporary")
+POINTS = 400
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Memory over a step at a few hundred points: the bytes of each category, and the first point of each moment."""
+
+    categories: Mapping[str, tuple[int, ...]]
+    moments: tuple[tuple[int, str], ...]
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The highest point of a step: its bytes, the bytes of each category then, and the moment ("backward", ...)."""
+    """The highest point of a step: its bytes, the bytes of each category then, and the moment ("backward", ...).
+
+    `curve` is the way there and on.
+    """
 
     peak_bytes: int
     breakdown: Mapping[str, int]
     moment: str
+    curve: Curve | None = None
 
 
 @dataclass(frozen=True)
@@ -60,4 +73,19 @@ class Timeline:
         for storage, delta in zip(self.storages[: event + 1].tolist(), self.deltas[: event + 1].tolist(), strict=True):
             breakdown[self.categories.get(storage, "temporary")] += delta
         moment = [name for start, name in self.marks if start <= event][-1]
-        return Peak(int(self.live_bytes[event]), breakdown, moment)
+        return Peak(int(self.live_bytes[event]), breakdown, moment, self.curve)
+
+    @cached_property
+    def curve(self) -> Curve:
+        """The step, from its first moment on, at the highest event in each of POINTS stretches of events."""
+        first = min(self.marks[0][0], len(self.deltas) - 1)
+        starts = np.unique(np.linspace(first, len(self.deltas), POINTS, endpoint=False).astype(int))
+        stretches = zip(starts, [*starts[1:], len(self.deltas)], strict=True)
+        shown = [int(start + np.argmax(self.live_bytes[start:end])) for start, end in stretches]
+        own = np.array([CATEGORIES.index(self.categories.get(s, "temporary")) for s in self.storages.tolist()])
+        categories = {
+            name: tuple(np.cumsum(np.where(own == index, self.deltas, 0))[shown].tolist())
+            for index, name in enumerate(CATEGORIES)
+        }
+        moments = tuple((int(np.searchsorted(starts, start)), name) for start, name in self.marks)
+        return Curve(categories, moments)

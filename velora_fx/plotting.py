@@ -1,0 +1,78 @@
+"""Pictures of a plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from velora_fx.timeline import Peak
+
+if TYPE_CHECKING:
+    from velora_fx.plans import Plan
+
+GIB, MIB = 2**30, 2**20
+COLORS = ("#4c72b0", "#8c8c8c", "#c44e52", "#8172b3", "#dd8452", "#f0c05a")  # one for each category
+
+
+def plot(plan: Plan, path: str | Path) -> None:
+    """Draws memory over the step, stacked by category, untouched and planned side by side, with the budget as a line.
+
+    The ending of the path tells the format: .svg, .png or .pdf. Raises ImportError without matplotlib, ValueError for
+    another ending or a plan without curves.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('plots need matplotlib: pip install "velora-fx[plot]"') from error
+    ending = Path(path).suffix
+    if ending not in (".svg", ".png", ".pdf"):
+        raise ValueError(f"a plot is a .svg, .png or .pdf file, got {str(path)!r}")
+    sides = [("untouched", plan.baseline), ("planned", plan.planned)][: 2 if plan.compressed else 1]
+    highest = max(plan.budget_bytes or 0, *(peak.peak_bytes for _, peak in sides))
+    unit, name = (GIB, "GiB") if highest >= GIB else (MIB, "MiB")
+    figure = Figure(figsize=(5.2 * len(sides) + 1.6, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels: Any = figure.subplots(1, len(sides), sharey=True, squeeze=False)[0]
+    for axes, (title, peak) in zip(panels, sides, strict=True):
+        _draw(axes, peak, plan.overhead_bytes, unit)
+        axes.set_title(f"{title}: peak {peak.peak_bytes / unit:.2f} {name}, at the {peak.moment}", fontsize=10)
+        axes.set_ylim(0, 1.12 * highest / unit)
+        if plan.budget_bytes is not None:
+            axes.axhline(plan.budget_bytes / unit, color="black", linestyle="--", linewidth=1, label="budget")
+    panels[0].set_ylabel(f"memory in use, {name}")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False, fontsize=9)
+    figure.suptitle(
+        f"{plan.model}: one training step, {plan.target} on {plan.device}, {plan.optimizer}",
+        x=0.02,
+        ha="left",
+        fontsize=11,
+    )
+    figure.savefig(path, dpi=150)
+
+
+def _draw(axes: Any, peak: Peak, overhead_bytes: int, unit: int) -> None:
+    if peak.curve is None:
+        raise ValueError("the plan has no curves: it was written by another version; make it again")
+    bands = [*peak.curve.categories.items()]
+    if overhead_bytes:
+        bands.insert(0, ("overhead", (overhead_bytes,) * len(bands[0][1])))
+    bands = [(name, values) for name, values in bands if max(values)]
+    colors = dict(zip(("overhead", *peak.curve.categories), ("#d9d9d9", *COLORS), strict=True))
+    axes.stackplot(
+        range(len(bands[0][1])),
+        [[value / unit for value in values] for _, values in bands],
+        labels=[name for name, _ in bands],
+        colors=[colors[name] for name, _ in bands],
+        step="post",
+        linewidth=0,
+    )
+    ends = [start for start, _ in peak.curve.moments[1:]] + [len(bands[0][1]) - 1]
+    axes.set_xticks([(start + end) / 2 for (start, _), end in zip(peak.curve.moments, ends, strict=True)])
+    axes.set_xticklabels([moment.replace("optimizer step", "optimizer\nstep") for _, moment in peak.curve.moments])
+    axes.tick_params(axis="x", length=0)
+    for start, _ in peak.curve.moments[1:]:
+        axes.axvline(start, color="black", linewidth=0.5, alpha=0.5)
+    axes.set_xlim(0, len(bands[0][1]) - 1)
+    axes.set_xlabel("allocations and frees, in order")
