@@ -146,6 +146,19 @@ def test_the_options_reach_the_plan(llama: list[str], capsys: pytest.CaptureFixt
     assert {decision["dtype"] for decision in data["decisions"]} == {"bfloat16"}
 
 
+def test_accumulated_gradients_are_held_through_the_whole_step(
+    llama: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = [*llama, "--optimizer", "sgd", "--json"]
+    assert [main(step), main([*step, "--gradient-accumulation", "4"])] == [0, 0]
+    decoder, text = json.JSONDecoder(), capsys.readouterr().out
+    once, end = decoder.raw_decode(text)
+    accumulated, _ = decoder.raw_decode(text[end:].lstrip())
+    sizes = accumulated["baseline"]["breakdown"]
+    assert sizes["gradients"] == sizes["parameters"] > once["baseline"]["breakdown"]["gradients"]
+    assert any("4 batches" in note for note in accumulated["notes"])
+
+
 def test_a_plot_is_written_beside_the_report_also_of_a_plan_that_does_not_fit(
     llama: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

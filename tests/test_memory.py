@@ -45,12 +45,13 @@ def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def measured_peak(model: nn.Module, batch: dict[str, torch.Tensor], autocast: bool = False) -> int:
-    """Peak bytes of the second training step on the real allocator."""
+def measured_peak(
+    model: nn.Module, batch: dict[str, torch.Tensor], autocast: bool = False, accumulates: bool = False
+) -> int:
+    """Peak bytes of the second training step on the real allocator; with `accumulates` of its second batch."""
     optimizer = torch.optim.AdamW(model.parameters())
 
     def step() -> None:
-        optimizer.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             loss = model(**batch).loss
         loss.backward()
@@ -58,8 +59,12 @@ def measured_peak(model: nn.Module, batch: dict[str, torch.Tensor], autocast: bo
 
     step()
     optimizer.zero_grad()
+    if accumulates:
+        model(**batch).loss.backward()
     states = [value for state in optimizer.state.values() for value in state.values()]
-    return tensor_bytes([*model.parameters(), *model.buffers(), *states, *batch.values()]) + peak_of(step)
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    before = tensor_bytes([*model.parameters(), *model.buffers(), *gradients, *states, *batch.values()])
+    return before + peak_of(step)
 
 
 @pytest.fixture(scope="module", params=[llama, gpt2, bert], ids=lambda make: make.__name__)
@@ -90,6 +95,23 @@ def test_the_predicted_peak_is_the_allocators_and_within_the_budget(
     assert abs(plan.planned.peak_bytes - measured) <= 0.05 * measured
     assert measured <= budget * 1.002
     assert plan.planned.peak_bytes < baseline or share == 1
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_gradients_that_are_accumulated_are_there_from_the_start(
+    ends: tuple[Any, velora_fx.Plan], share: float
+) -> None:
+    make, tight = ends
+    torch.manual_seed(0)
+    model = make().train()
+    alone = tight.planned.peak_bytes + share * (tight.baseline.peak_bytes - tight.planned.peak_bytes)
+    held = tensor_bytes(model.parameters())
+    velora_fx.optimize(model, (alone + held + 1) / 2**30, batch_of(model), gradient_accumulation=2)
+    plan = velora_fx.plan_of(model)
+    measured = measured_peak(model, batch_of(model), accumulates=True)
+    assert plan.planned.breakdown["gradients"] == held
+    assert bool(plan.compressed) == (share < 1)
+    assert abs(plan.planned.peak_bytes - measured) <= 0.02 * measured
 
 
 def test_autocasts_copies_of_activations_and_weights_are_counted() -> None:

@@ -31,6 +31,9 @@ BAD: tuple[tuple[str, Any, str], ...] = (
     ("sub_token_sizes", (-4,), "integers of at least 2"),
     ("sub_token_sizes", (16, 32.0), "integers of at least 2"),
     ("sub_token_sizes", (True,), "integers of at least 2"),
+    ("gradient_accumulation", 0, "at least 1"),
+    ("gradient_accumulation", 2.0, "at least 1"),
+    ("gradient_accumulation", True, "at least 1"),
     ("seed", 1.0, "an integer"),
     ("seed", None, "an integer"),
     ("seed", True, "an integer"),
@@ -43,6 +46,7 @@ BAD: tuple[tuple[str, Any, str], ...] = (
     ("loss_fn", 1.0, "loss_fn"),
 )
 GOOD: tuple[tuple[str, Any], ...] = (
+    ("gradient_accumulation", 8),
     ("target", "eager"),
     ("gradients", "dense"),
     ("projection", "signs"),

@@ -78,7 +78,10 @@ def analyse(
     def step(fake: torch.nn.Module, tracker: Tracker | None = None) -> Timeline:
         inputs = fake_copy((args, kwargs), mode, device, keep_values=True)
         loss_fn = options.loss_fn or default_loss
-        return simulate(fake, *inputs, make_optimizer=make_optimizer, loss_fn=loss_fn, device=device, tracker=tracker)
+        return simulate(
+            fake, *inputs, make_optimizer=make_optimizer, loss_fn=loss_fn, device=device,
+            accumulates=options.gradient_accumulation > 1, tracker=tracker,
+        )  # fmt: skip
 
     def peak(fake: torch.nn.Module) -> Peak:
         highest = step(fake).peak
@@ -103,7 +106,7 @@ def analyse(
     _check_sizes(options, candidates, findings)
     skipped += _without_products(fake_model(), findings)
     moments = _moments(findings, candidates, overhead_bytes(device))
-    return Analysis(findings, candidates, skipped, baseline, moments, _notes(model, replaced), simulate_plan)
+    return Analysis(findings, candidates, skipped, baseline, moments, _notes(model, replaced, options), simulate_plan)
 
 
 def _fake_model(
@@ -120,8 +123,12 @@ def _fake_model(
     return fake if model.training else fake.train()
 
 
-def _notes(model: torch.nn.Module, replaced: Collection[str]) -> tuple[str, ...]:
+def _notes(model: torch.nn.Module, replaced: Collection[str], options: Options) -> tuple[str, ...]:
     notes = []
+    if options.gradient_accumulation > 1:
+        notes.append(
+            f"gradients of {options.gradient_accumulation} batches are added up: they are there from the start"
+        )
     if not model.training:
         notes.append("the model is in eval mode; the plan is for training mode")
     if "" in replaced:

@@ -46,6 +46,7 @@ def optimize(
     sub_token_sizes: Sequence[int] | None = None,
     filter_fn: Callable[[torch.nn.Module, str], bool] | None = None,
     loss_fn: Callable[[Any], torch.Tensor] | None = None,
+    gradient_accumulation: int = 1,
     device: str | torch.device | None = None,
     seed: int = 0,
 ) -> Model:
@@ -70,6 +71,7 @@ def optimize(
         filter_fn: `filter_fn(module, name)` is True where the module's weight may get an approximate gradient; by
             default weights tied to an embedding and output heads over a vocabulary may not.
         loss_fn: the loss of the model's output, for planning; by default the output's `loss`, or a stand-in.
+        gradient_accumulation: batches whose gradients are added up before each optimizer step.
         device: what is planned for, "cpu" or "cuda"; by default the model's device.
         seed: seed of the projections.
 
@@ -81,6 +83,7 @@ def optimize(
     options = Options(
         optimizer=optimizer, target=target, gradients=gradients, projection=projection,
         sub_token_sizes=sub_token_sizes, filter_fn=filter_fn, loss_fn=loss_fn, device=device, seed=seed,
+        gradient_accumulation=gradient_accumulation,
     )  # fmt: skip
     request = _request(model, options, budget_gb, plan)
     if example_inputs is None:
@@ -102,6 +105,7 @@ def plan(
     sub_token_sizes: Sequence[int] | None = None,
     filter_fn: Callable[[torch.nn.Module, str], bool] | None = None,
     loss_fn: Callable[[Any], torch.Tensor] | None = None,
+    gradient_accumulation: int = 1,
     device: str | torch.device | None = None,
     seed: int = 0,
 ) -> Plan:
@@ -113,6 +117,7 @@ def plan(
     options = Options(
         optimizer=optimizer, target=target, gradients=gradients, projection=projection,
         sub_token_sizes=sub_token_sizes, filter_fn=filter_fn, loss_fn=loss_fn, device=device, seed=seed,
+        gradient_accumulation=gradient_accumulation,
     )  # fmt: skip
     where = planning_device(model, options)
     budget_bytes = None if budget_gb is None else budget_bytes_of(budget_gb, where)

@@ -115,6 +115,13 @@ def parser() -> argparse.ArgumentParser:
     add("--gradients", choices=GRADIENTS, default="dense", help="form of the weight gradients (default: dense)")
     add("--projection", choices=PROJECTIONS, default="signs", help="of the sub-tokens (default: signs)")
     add("--sub-token-sizes", metavar="M,M", help="sizes to choose from, such as 16,32 (default: 2 to 128)")
+    add(
+        "--gradient-accumulation",
+        type=int,
+        default=1,
+        metavar="N",
+        help="batches whose gradients are added up before a step (default: 1)",
+    )
     add("--seed", type=int, default=0, help="seed of the projections (default: 0)")
     add("--json", action="store_true", help="print the plan as one JSON object instead of the report")
     add("--plot", metavar="FILE", help="draw memory over the step, as a .svg, .png or .pdf file (needs matplotlib)")
@@ -129,6 +136,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         "projection": arguments.projection,
         "sub_token_sizes": _sizes(arguments.sub_token_sizes),
         "device": arguments.device,
+        "gradient_accumulation": arguments.gradient_accumulation,
         "seed": arguments.seed,
     }
     Options(**options)  # refused before a large model is made, as is the budget

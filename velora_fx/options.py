@@ -30,6 +30,7 @@ class Options:
     sub_token_sizes: Sequence[int] | None = None
     filter_fn: Callable[[torch.nn.Module, str], bool] | None = None
     loss_fn: Callable[[Any], torch.Tensor] | None = None
+    gradient_accumulation: int = 1
     device: str | torch.device | None = None
     seed: int = 0
 
@@ -49,6 +50,9 @@ class Options:
             if function is not None and not callable(function):
                 signature = "filter_fn(module, name)" if name == "filter_fn" else "loss_fn(output)"
                 raise ValueError(f"{name} must be a function {signature}, got {function!r}")
+        batches = self.gradient_accumulation
+        if type(batches) is not int or batches < 1:
+            raise ValueError(f"gradient_accumulation must be a number of batches, at least 1, got {batches!r}")
         if type(self.seed) is not int:
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
         if self.device is not None:

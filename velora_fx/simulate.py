@@ -27,11 +27,13 @@ def simulate(
     make_optimizer: OptimizerFactory,
     loss_fn: Callable[[Any], torch.Tensor],
     device: torch.device,
+    accumulates: bool = False,
     tracker: Tracker | None = None,
 ) -> Timeline:
     """Runs forward, loss, backward and optimizer step of a fake model, and returns memory over the step.
 
-    The step is one in the middle of training: the optimizer has its state, gradients were set to None before.
+    The step is one in the middle of training: the optimizer has its state, gradients were set to None before. With
+    `accumulates` it is the last of several batches: the gradients of the others are there and are added to.
     """
     tracker = tracker or Tracker(ALLOCATOR_BLOCK_BYTES.get(device.type, 1))
     optimizer = make_optimizer(model)
@@ -48,6 +50,10 @@ def simulate(
     for value in [*args, *kwargs.values()]:
         if isinstance(value, torch.Tensor):
             tracker.watch(value, "activations")
+    for parameter in model.parameters():
+        if accumulates and parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)
+            tracker.watch(parameter.grad, "gradients")
     before = set(tracker.live())
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), tracker, kernels_of(device):
         tracker.mark("forward")
