@@ -74,8 +74,11 @@ class Region(StandIn):
         """The graph that stands for the call; captured now if there is none yet and room for one more."""
         key = key_of(call)
         graph = find_graph(self.graphs, call, key, exact=False)
-        if graph is not None or torch.compiler.is_compiling():
+        if graph is not None:
             return graph
+        if torch.compiler.is_compiling():
+            _warn_while_compiling(self.name)
+            return None
         if len(self.graphs) < MAX_GRAPHS:
             graph = rewritten(make_graph(call, key, self.previous), self.choices)
             self.graphs.append(graph)
@@ -110,6 +113,16 @@ class Region(StandIn):
         if not torch.compiler.is_compiling():
             self.placed = moved
         return list(moved.values())
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _warn_while_compiling(name: str) -> None:
+    """Runs while Dynamo traces, where an ordinary warning would not be seen and a capture is not possible."""
+    warnings.warn(
+        f"velora_fx: {name or 'the model'} is compiled for a call unlike those that were planned for (a mask, dtype or "
+        "flag differs) and runs its original forward, exactly: plan with example_inputs like it",
+        stacklevel=2,
+    )
 
 
 def make_call(block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
