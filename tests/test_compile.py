@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -91,6 +92,36 @@ def test_the_compiled_forward_does_not_save_a_compressed_input() -> None:
     assert velora.count(hidden) == 3  # in only
     assert projected not in dense
     assert velora.count(projected) == 3
+
+
+def test_a_mask_that_only_a_compiler_makes_is_planned_for() -> None:
+    case = next(case for case in ZOO if case.name == "llama")
+    batch = case.batch(2, 16)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])  # an eager step drops a mask that masks nothing
+
+    def compressing_nodes(model: nn.Module) -> int:
+        found = []
+
+        def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+            found.extend(node for node in gm.graph.nodes if "velora" in str(node.target))
+            return gm.forward
+
+        torch._dynamo.reset()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            torch.compile(model, backend=backend, fullgraph=True)(**batch)
+        return len(found)
+
+    model = case.build()
+    velora_fx.optimize(model, plan=tightest(model, batch), example_inputs=batch)
+    assert compressing_nodes(model) > 0
+
+
+def test_a_call_that_was_not_planned_for_warns_while_it_is_compiled() -> None:
+    model = compressed(without_dropout(stack()), rows())
+    compiled = torch.compile(model, backend="aot_eager")
+    with pytest.warns(UserWarning, match="compiled for a call unlike those that were planned for"):
+        compiled(rows(), torch.ones(()))
 
 
 def test_equal_blocks_compiled_one_by_one_give_as_many_graphs_as_there_are_plans() -> None:

@@ -19,7 +19,7 @@ from velora_fx.overhead import overhead_bytes
 from velora_fx.plans import Skipped
 from velora_fx.probe import Findings, Use, probe
 from velora_fx.regions import child_regions, find_regions
-from velora_fx.simulate import default_loss, optimizer_factory, simulate
+from velora_fx.simulate import default_loss, optimizer_factory, simulate, simulate_forward
 from velora_fx.solver import Moment
 from velora_fx.stand_in import uninstall
 from velora_fx.timeline import Peak, Timeline
@@ -76,12 +76,15 @@ def analyse(
         return _fake_model(model, mode, device, replaced)
 
     def step(fake: torch.nn.Module, tracker: Tracker | None = None) -> Timeline:
-        inputs = fake_copy((args, kwargs), mode, device, keep_values=True)
+        inputs = fake_copy((args, kwargs), mode, device, real="all")
         loss_fn = options.loss_fn or default_loss
         return simulate(
             fake, *inputs, make_optimizer=make_optimizer, loss_fn=loss_fn, device=device,
             accumulates=options.gradient_accumulation > 1, tracker=tracker,
         )  # fmt: skip
+
+    def traced_forward(fake: torch.nn.Module) -> None:
+        simulate_forward(fake, *fake_copy((args, kwargs), mode, device, real="none"), device)
 
     def peak(fake: torch.nn.Module) -> Peak:
         highest = step(fake).peak
@@ -95,7 +98,7 @@ def analyse(
 
     progress("untouched step")
     baseline = peak(fake_model())
-    findings = probe(fake_model(), step, Tracker(), progress, replaced)
+    findings = probe(fake_model(), step, traced_forward, Tracker(), progress, replaced)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     candidates, skipped = find_candidates(
         findings,

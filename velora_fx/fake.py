@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Value = TypeVar("Value")
+Real = Literal["none", "integers", "all"]
 
 
 def fake_mode() -> FakeTensorMode:
@@ -25,18 +26,18 @@ def fake_mode() -> FakeTensorMode:
 
 
 def fake_tensor(
-    tensor: torch.Tensor, mode: FakeTensorMode, device: torch.device | None = None, keep_values: bool = False
+    tensor: torch.Tensor, mode: FakeTensorMode, device: torch.device | None = None, real: Real = "integers"
 ) -> torch.Tensor:
     """A tensor without memory of the same shape, strides, dtype and class, on `device` (default: its own).
 
-    Tensors of integers are real copies; with `keep_values` all that require no gradient are, where they have values.
+    Tensors of integers are real copies, all that require no gradient where `real` is "all", and none where "none".
     """
     where = device or tensor.device
     if where.type == "meta" or (where.type == "cuda" and not torch.cuda.is_available()):
         where = torch.device("cpu")
-    is_real = not (isinstance(tensor, FakeTensor) or tensor.is_meta)
+    is_real = real != "none" and not (isinstance(tensor, FakeTensor) or tensor.is_meta)
     if is_real and (
-        (keep_values and not tensor.requires_grad) or not (tensor.is_floating_point() or tensor.is_complex())
+        (real == "all" and not tensor.requires_grad) or not (tensor.is_floating_point() or tensor.is_complex())
     ):
         return tensor.detach().to(where, copy=True)
     if isinstance(tensor, torch.nn.Parameter):
@@ -51,9 +52,7 @@ def fake_tensor(
     return fake.requires_grad_(tensor.requires_grad)
 
 
-def fake_copy(
-    value: Value, mode: FakeTensorMode, device: torch.device | None = None, keep_values: bool = False
-) -> Value:
+def fake_copy(value: Value, mode: FakeTensorMode, device: torch.device | None = None, real: Real = "integers") -> Value:
     """Deep copy of a module, or of nested call arguments, with `fake_tensor` of every tensor; ties stay ties.
 
     Raises ValueError for what Python cannot copy.
@@ -62,7 +61,7 @@ def fake_copy(
     kept: list[torch.Tensor] = []
     for tensor in _tensors(value):
         if id(tensor) not in memo:
-            memo[id(tensor)] = fake_tensor(tensor, mode, device, keep_values)
+            memo[id(tensor)] = fake_tensor(tensor, mode, device, real)
             kept.append(tensor)
     try:
         return copy.deepcopy(value, memo)

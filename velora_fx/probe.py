@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -51,13 +51,16 @@ class Findings:
 def probe(
     model: torch.nn.Module,
     run_step: Callable[[torch.nn.Module, Tracker], Timeline],
+    run_traced: Callable[[torch.nn.Module], None],
     tracker: Tracker,
     progress: Callable[[str], None],
     replaced: Collection[str],
 ) -> Findings:
     """Runs `run_step(model, tracker)` with every region captured; a region that fails is tried again by its parts.
 
-    `replaced` names the modules whose real forward is not the one of this copy: they are no regions.
+    `run_traced(model)` runs the forward once more as a compiler traces it, without values: it makes masks that a step
+    leaves out, and the graphs of such calls are added. `replaced` names the modules whose real forward is not the one
+    of this copy: they are no regions.
     """
     findings = Findings()
     saved = SavedTensors(tracker)
@@ -75,7 +78,11 @@ def probe(
         findings.timeline = run_step(model, tracker)
     findings.savings = tuple(saved.savings)
     findings.last_uses = saved.last_uses
-    return findings
+    uses, failures, calls = dict(findings.uses), dict(findings.failures), dict(findings.calls)
+    # A forward that cannot run without values cannot be compiled in one piece either.
+    with contextlib.suppress(Exception):
+        run_traced(model)
+    return replace(findings, uses=uses, failures=failures, calls=calls)
 
 
 @dataclass

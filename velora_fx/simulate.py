@@ -71,6 +71,14 @@ def simulate(
     return tracker.timeline()
 
 
+def simulate_forward(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
+) -> None:
+    """Runs the forward alone, for what it calls."""
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), kernels_of(device):
+        model(*args, **kwargs)
+
+
 def _prime(optimizer: torch.optim.Optimizer) -> None:
     """Lets the optimizer make its state."""
     for group in optimizer.param_groups:
