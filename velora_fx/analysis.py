@@ -12,8 +12,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from velora_fx.candidates import Candidate, find_candidates, full_name
-from velora_fx.fake import fake_copy, fake_mode
+from velora_fx.compiled import ObserverOf, compiled_forward, unobserved
+from velora_fx.fake import Real, fake_copy, fake_mode
+from velora_fx.inductor import Inductor
 from velora_fx.installing import RegionPlan, install, region_plans
+from velora_fx.kept import KeptTensors
 from velora_fx.options import Options
 from velora_fx.overhead import overhead_bytes
 from velora_fx.plans import Skipped
@@ -72,11 +75,15 @@ def analyse(
 
     replaced = [name for name, module in model.named_modules() if isinstance(vars(module).get("forward"), FunctionType)]
 
-    def fake_model() -> torch.nn.Module:
-        return _fake_model(model, mode, device, replaced)
+    inductor = Inductor(device) if options.target == "inductor" else None
 
-    def step(fake: torch.nn.Module, tracker: Tracker | None = None) -> Timeline:
-        inputs = fake_copy((args, kwargs), mode, device, real="all")
+    def fake_model() -> torch.nn.Module:
+        return _fake_model(model, mode, device, replaced, "none" if inductor else "integers")
+
+    def step(fake: torch.nn.Module, tracker: Tracker | None = None, observer_of: ObserverOf = unobserved) -> Timeline:
+        inputs = fake_copy((args, kwargs), mode, device, real="none" if inductor else "all")
+        if inductor is not None:
+            fake.forward = compiled_forward(fake, *inputs, findings.graphs, inductor, observer_of)
         loss_fn = options.loss_fn or default_loss
         return simulate(
             fake, *inputs, make_optimizer=make_optimizer, loss_fn=loss_fn, device=device,
@@ -96,9 +103,15 @@ def analyse(
         install(fake, region_plans(findings, candidates, sizes), options.seed)
         return peak(fake)
 
+    if inductor is None:
+        findings = probe(fake_model(), step, traced_forward, Tracker(), progress, replaced)
+    else:
+        findings = probe(fake_model(), None, traced_forward, Tracker(), progress, replaced)
+        kept = KeptTensors(findings, Tracker())
+        timeline = step(fake_model(), kept.tracker, kept.observer_of)
+        findings = replace(findings, savings=tuple(kept.savings), last_uses=kept.last_uses, timeline=timeline)
     progress("untouched step")
     baseline = peak(fake_model())
-    findings = probe(fake_model(), step, traced_forward, Tracker(), progress, replaced)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     candidates, skipped = find_candidates(
         findings,
@@ -113,13 +126,13 @@ def analyse(
 
 
 def _fake_model(
-    model: torch.nn.Module, mode: FakeTensorMode, device: torch.device, replaced: Collection[str]
+    model: torch.nn.Module, mode: FakeTensorMode, device: torch.device, replaced: Collection[str], real: Real
 ) -> torch.nn.Module:
     """An untouched copy in training mode; modules in `replaced` get the forward of their class.
 
     A copy of a function would still call the module that it was made for.
     """
-    fake = fake_copy(model, mode, device)
+    fake = fake_copy(model, mode, device, real)
     for name in replaced:
         del fake.get_submodule(name).forward
     uninstall(fake)

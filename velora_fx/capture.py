@@ -84,8 +84,8 @@ def capture(
 
     tensors = [leaves[slot] for slot in slots]
     free = [{dim: Dim.AUTO for dim, size in enumerate(tensor.shape) if size != 1} for tensor in tensors]
-    with _isolated(), own_forward(module, forward) as changed, recorded_reads(module) as reads:
-        inputs = _fakes([*state.values(), *tensors])
+    with isolated(), own_forward(module, forward) as changed, recorded_reads(module) as reads:
+        inputs = fakes_of([*state.values(), *tensors])
         try:
             program = torch.export.export(Shim(), (inputs,), dynamic_shapes=([None] * len(state) + free,), strict=False)
         except CaptureError:
@@ -99,7 +99,7 @@ def capture(
             raise CaptureError(f"its forward returns a {type(leaf).__name__}")
         constants.append(None if isinstance(leaf, (torch.Tensor, torch.SymInt)) else leaf)
     output_slots = [i for i, leaf in enumerate(result["leaves"]) if isinstance(leaf, (torch.Tensor, torch.SymInt))]
-    gm = _plain_graph_module(program, list(state))
+    gm = plain_graph_module(program, list(state))
     guards = _guards(program, gm, len(state))
     return Captured(gm, result["outputs"], tuple(constants), tuple(output_slots), guards, frozenset(reads))
 
@@ -130,7 +130,7 @@ class _ForwardOnly(torch.nn.Module):
         return output
 
 
-def _fakes(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+def fakes_of(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
         return [
             torch.empty_strided(
@@ -141,7 +141,7 @@ def _fakes(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 @contextlib.contextmanager
-def _isolated() -> Iterator[None]:
+def isolated() -> Iterator[None]:
     """Keeps the tracing out of the sight of dispatch modes and saved-tensor hooks (checkpointing) of the caller."""
     logger = logging.getLogger("torch")
     level = logger.level
@@ -154,7 +154,7 @@ def _isolated() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _plain_graph_module(program: ExportedProgram, names: list[str]) -> GraphModule:
+def plain_graph_module(program: ExportedProgram, names: list[str]) -> GraphModule:
     """The exported graph in a GraphModule that pickles, flat inputs first to last, outputs as one tuple."""
     exported = program.module(check_guards=False)
     assert isinstance(exported, GraphModule)

@@ -155,3 +155,14 @@ def kernels_of(device: torch.device) -> Iterator[None]:
     grouped = GroupedProducts()  # type: ignore[no-untyped-call]
     with grouped, FusedAttention() if fused else contextlib.nullcontext():
         yield
+
+
+@contextlib.contextmanager
+def as_compiled() -> Iterator[None]:
+    """The context in which a forward takes the way that it takes when torch.compile traces it."""
+    flags = torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag
+    torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag = True, False
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag = flags

@@ -12,7 +12,7 @@ import torch
 
 GIB = 2**30
 PROJECTIONS = ("signs", "batch_mean")
-TARGETS = ("eager",)
+TARGETS = ("eager", "inductor")
 GRADIENTS = ("dense",)
 
 

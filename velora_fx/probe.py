@@ -50,7 +50,7 @@ class Findings:
 
 def probe(
     model: torch.nn.Module,
-    run_step: Callable[[torch.nn.Module, Tracker], Timeline],
+    run_step: Callable[[torch.nn.Module, Tracker], Timeline] | None,
     run_traced: Callable[[torch.nn.Module], None],
     tracker: Tracker,
     progress: Callable[[str], None],
@@ -59,8 +59,8 @@ def probe(
     """Runs `run_step(model, tracker)` with every region captured; a region that fails is tried again by its parts.
 
     `run_traced(model)` runs the forward once more as a compiler traces it, without values: it makes masks that a step
-    leaves out, and the graphs of such calls are added. `replaced` names the modules whose real forward is not the one
-    of this copy: they are no regions.
+    leaves out, and the graphs of such calls are added. Without `run_step` it is all that is run. `replaced` names the
+    modules whose real forward is not the one of this copy: they are no regions.
     """
     findings = Findings()
     saved = SavedTensors(tracker)
@@ -74,6 +74,9 @@ def probe(
     for name, block in find_regions(model).items():
         findings.calls[name] = 0
         observe(name, block)
+    if run_step is None:
+        run_traced(model)
+        return findings
     with saved.on():
         findings.timeline = run_step(model, tracker)
     findings.savings = tuple(saved.savings)

@@ -24,6 +24,11 @@ def find_regions(model: nn.Module) -> dict[str, nn.Module]:
     return dict(sorted(regions.items(), key=lambda item: order[item[0]]))
 
 
+def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The repeated blocks by dotted name; the model itself where nothing repeats."""
+    return dict(_blocks(model, "")) or {"": model}
+
+
 def has_trainable_matrix(module: nn.Module, recurse: bool = True) -> bool:
     """True if the module has a parameter that a matrix product may train; embeddings do not count."""
     modules = module.modules() if recurse else [module]

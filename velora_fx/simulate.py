@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from velora_fx.fake import kernels_of
+from velora_fx.fake import as_compiled, kernels_of
 from velora_fx.timeline import Timeline
 from velora_fx.tracker import Tracker
 
@@ -74,8 +74,8 @@ def simulate(
 def simulate_forward(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
 ) -> None:
-    """Runs the forward alone, for what it calls."""
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), kernels_of(device):
+    """Runs the forward alone, as a compiler traces it, for what it calls."""
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), kernels_of(device), as_compiled():
         model(*args, **kwargs)
 
 

@@ -1,0 +1,146 @@
+"""Inductor as far as the code it writes, run on tensors without memory.
+
+That code allocates and frees every buffer by name; with kernels that compute nothing it shows what a compiled graph
+holds at any time, to the byte: fused intermediates never appear, and buffers are used again as in a real run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule
+
+from velora_fx.capture import isolated
+from velora_fx.fake import kernels_of
+from velora_fx.passes.kept_for_backward import Kept, kept_for_backward
+
+Observe = Callable[[Mapping[str, torch.Tensor], Mapping[str, Kept]], None]
+
+
+@dataclass
+class Inductor:
+    """Compiles graphs for fake inputs, equal ones once, and runs them; `device` is the one that is planned for."""
+
+    device: torch.device
+    compiled: dict[tuple[Any, ...], CompiledGraph] = field(default_factory=dict)
+
+    def run(self, gm: GraphModule, inputs: Sequence[torch.Tensor], observe: Observe) -> tuple[Any, ...]:
+        """The outputs of the graph, differentiable.
+
+        After its forward `observe` gets the tensors kept for backward by name, and what each is kept for.
+        """
+        key = (_text(gm), *(_describe(tensor) for tensor in inputs))
+        if key not in self.compiled:
+            with isolated(), kernels_of(self.device):
+                self.compiled[key] = _compile(gm, inputs)
+        graph = self.compiled[key]
+        graph.observe.append(observe)
+        try:
+            outputs = graph.call(*inputs)
+        finally:
+            graph.observe.pop()
+        return tuple(outputs)
+
+
+@dataclass
+class CompiledGraph:
+    """A compiled graph, what its backward needs each kept tensor for, and who watches the call in progress."""
+
+    call: Callable[..., Any]
+    kept: dict[str, Kept]
+    observe: list[Observe]
+
+
+def _text(gm: GraphModule) -> tuple[Any, ...]:
+    constants = tuple(id(getattr(gm, str(node.target))) for node in gm.graph.nodes if node.op == "get_attr")
+    return gm.graph.python_code("self").src, constants
+
+
+def _describe(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+
+
+def _compile(gm: GraphModule, inputs: Sequence[torch.Tensor]) -> CompiledGraph:
+    from torch._functorch import config as functorch_config
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    mode = next(tensor.fake_mode for tensor in inputs if isinstance(tensor, FakeTensor))
+    kept: dict[str, Kept] = {}
+    observe: list[Observe] = []
+
+    def inner_compile(graph: GraphModule, example_inputs: Any, **options: Any) -> Any:
+        returned: Any = graph.graph.output_node().args[0]
+        names = [str(node) for node in returned]
+        if options.get("is_backward"):
+            kept.update(kept_for_backward(graph))
+        with _without_kernels():
+            code: Any = compile_fx_inner(graph, example_inputs, **options)
+        run = code.current_callable
+        _allocate_fakes(run, mode)
+
+        def observed(arguments: list[Any]) -> Any:
+            outputs = run(arguments)
+            tensors = {n: t for n, t in zip(names, outputs, strict=True) if n in kept and isinstance(t, torch.Tensor)}
+            observe[-1](tensors, kept)
+            return outputs
+
+        if not (options.get("is_backward") or options.get("is_inference")):
+            code.current_callable = observed
+        return code
+
+    # Both graphs are compiled now: the backward's tells what is kept for which gradient.
+    eager_backward = {"force_non_lazy_backward_lowering": True, "enable_autograd_cache": False}
+    uncached = {"fx_graph_cache": False, "compile_threads": 1}
+    with config.patch(uncached), functorch_config.patch(eager_backward):
+        call: Any = compile_fx(copy.deepcopy(gm), list(inputs), inner_compile=inner_compile)
+    return CompiledGraph(call, kept, observe)
+
+
+class _NoKernel:
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    run = __call__
+
+
+@contextlib.contextmanager
+def _without_kernels() -> Iterator[None]:
+    """Has no kernel compiled: each becomes one that does nothing."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    compilers = {name: vars(AsyncCompile)[name] for name in ("cpp", "cpp_pybinding", "triton")}
+    try:
+        for name in compilers:
+            setattr(AsyncCompile, name, lambda self, *args, **kwargs: _NoKernel())
+        yield
+    finally:
+        for name, compiler in compilers.items():
+            setattr(AsyncCompile, name, compiler)
+
+
+def _allocate_fakes(call: Any, mode: FakeTensorMode) -> None:
+    """Makes the functions by which the generated code gets its buffers and views give fake tensors."""
+
+    def empty_strided_on(device: str) -> Callable[..., torch.Tensor]:
+        def empty_strided(size: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
+            with mode:
+                return torch.empty_strided(size, stride, dtype=dtype, device=device)
+
+        return empty_strided
+
+    def reinterpret(tensor: torch.Tensor, size: Any, stride: Any, offset: int = 0) -> torch.Tensor:
+        return tensor.as_strided(size, stride, tensor.storage_offset() + offset)
+
+    module = getattr(call, "__func__", call).__globals__
+    module.update(
+        empty_strided_cpu=empty_strided_on("cpu"),
+        empty_strided_cuda=empty_strided_on("cuda"),
+        reinterpret_tensor=reinterpret,
+    )

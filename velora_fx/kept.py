@@ -1,0 +1,74 @@
+"""What compiled graphs keep for backward, in the terms of an eager step's saved tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from velora_fx.candidates import full_name
+from velora_fx.inductor import Observe
+from velora_fx.passes.find_products import find_products
+from velora_fx.passes.kept_for_backward import Kept
+from velora_fx.passes.saved_tensors import Saving
+from velora_fx.probe import Findings
+from velora_fx.tracker import Tracker
+
+
+class KeptTensors:
+    """Collects what the compiled graphs of a step keep: `savings` and `last_uses` as in `SavedTensors`.
+
+    `findings` tells which products the model has. A compiled forward counts as one use: what it keeps is last used at
+    its end.
+    """
+
+    def __init__(self, findings: Findings, tracker: Tracker) -> None:
+        self.tracker = tracker
+        self.savings: list[Saving] = []
+        self.last_uses: dict[int, int] = {}
+        self._uses = {full_name(use.region, use.parameter): use for use in reversed(findings.uses.values())}
+        self._dtypes = _input_dtypes(findings)
+
+    def observer_of(self, state: Mapping[int, str]) -> Observe:
+        """The observer of a graph whose inputs of these numbers are these parameters and buffers."""
+
+        def observe(tensors: Mapping[str, torch.Tensor], kept: Mapping[str, Kept]) -> None:
+            for name, tensor in tensors.items():
+                storage = self.tracker.watch(tensor)
+                if self.tracker.categories.get(storage) not in ("parameters", "buffers"):
+                    self.savings += self._savings(name, tensor, storage, kept[name], state)
+                    self.last_uses[storage] = self.tracker.now
+
+        return observe
+
+    def _savings(
+        self, name: str, tensor: torch.Tensor, storage: int, kept: Kept, state: Mapping[int, str]
+    ) -> list[Saving]:
+        size = tensor.untyped_storage().nbytes()
+        found = [Saving(storage, size, "", _plain(operation)) for operation in kept.operations]
+        for number, width in sorted(kept.gradients_of):
+            use = self._uses.get(state.get(number, ""))
+            if use is None:
+                found.append(Saving(storage, size, "", "a product with another activation"))
+                continue
+            shape = tuple(tensor.shape) if tensor.shape[-1] == width else (tensor.numel() // width, width)
+            dtype = self._dtypes.get((use.region, use.consumer), tensor.dtype)
+            found.append(Saving(storage, size, use.region, "linear", use.consumer, name, shape, dtype))
+        return found or [Saving(storage, size, "", "the compiled backward")]
+
+
+def _plain(operation: str) -> str:
+    return "attention" if "attention" in operation else operation
+
+
+def _input_dtypes(findings: Findings) -> dict[tuple[str, str], torch.dtype]:
+    """The dtype of each product's input before any autocast: projections are made of that."""
+    dtypes = {}
+    for region, graphs in findings.graphs.items():
+        for graph in graphs:
+            for product in find_products(graph.gm) if graph.gm is not None else ():
+                x = product.node.args[0]
+                value = x.meta.get("val") if isinstance(x, torch.fx.Node) else None
+                if isinstance(value, torch.Tensor):
+                    dtypes[region, product.consumer] = value.dtype
+    return dtypes
