@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import FunctionType
 from typing import Any
 
-import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from velora_fx.blocks import Block, find_recomputable
 from velora_fx.candidates import Candidate, find_candidates, full_name
+from velora_fx.checkpointing import Recompute, install_checkpointing
 from velora_fx.compiled import ObserverOf, compiled_forward, unobserved
+from velora_fx.devices import device_rates
 from velora_fx.fake import Real, fake_copy, fake_mode
 from velora_fx.inductor import Inductor
 from velora_fx.installing import RegionPlan, install, region_plans
@@ -23,8 +25,8 @@ from velora_fx.plans import Skipped
 from velora_fx.probe import Findings, Use, probe
 from velora_fx.regions import child_regions, find_regions
 from velora_fx.simulate import default_loss, optimizer_factory, simulate, simulate_forward
-from velora_fx.solver import Moment
 from velora_fx.stand_in import uninstall
+from velora_fx.step_time import StepTimer
 from velora_fx.timeline import Peak, Timeline
 from velora_fx.tracker import Tracker
 
@@ -32,24 +34,45 @@ Sizes = Mapping[tuple[str, str], int]
 
 
 @dataclass(frozen=True)
-class Analysis:
-    """A model's step: the untouched peak, what can be compressed, what cannot, and the moments of the trial step.
+class Actions:
+    """What is done about saved tensors: the sub-token size of each compressed candidate by its key, and what each
+    block that is named recomputes in backward."""
 
-    The indices in `moments` are those of `candidates`. `simulate_plan` gives the peak with the candidates compressed
-    at the given sub-token sizes.
+    sizes: Sizes = field(default_factory=dict)
+    recomputed: Mapping[str, Recompute] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A model's step: its timeline, what can be compressed or recomputed, and what cannot.
+
+    `timeline` is that of the trial step, whose events `findings` and `blocks` refer to. `simulate` gives the timeline
+    with the given actions; with `compiler_recomputes` that of a compiler that is told to recompute what it can.
     """
 
     findings: Findings
     candidates: tuple[Candidate, ...]
+    blocks: tuple[Block, ...]
     skipped: tuple[Skipped, ...]
     baseline: Peak
-    moments: tuple[Moment, ...]
+    untouched: Timeline
+    overhead_bytes: int
     notes: tuple[str, ...]
-    simulate_plan: Callable[[Sizes], Peak]
+    is_compiled: bool
+    simulate: Callable[..., Timeline]
 
     def region_plans(self, sizes: Sizes) -> dict[str, RegionPlan]:
         """What to install for the given sub-token sizes."""
         return region_plans(self.findings, self.candidates, sizes)
+
+    def peak(self, actions: Actions, compiler_recomputes: bool = False) -> Peak:
+        """The simulated peak with the given actions, overhead included."""
+        return with_overhead(self.simulate(actions, compiler_recomputes), self.overhead_bytes)
+
+
+def with_overhead(timeline: Timeline, overhead_bytes: int) -> Peak:
+    """The peak of a timeline and what the device holds besides."""
+    return replace(timeline.peak, peak_bytes=timeline.peak.peak_bytes + overhead_bytes)
 
 
 def analyse(
@@ -72,46 +95,49 @@ def analyse(
         )
     mode = fake_mode()
     make_optimizer = optimizer_factory(options.optimizer, model, device)
-
     replaced = [name for name, module in model.named_modules() if isinstance(vars(module).get("forward"), FunctionType)]
-
-    inductor = Inductor(device) if options.target == "inductor" else None
+    timer = StepTimer(device_rates(device))
+    is_compiled = options.target == "inductor"
+    compilers = {told: Inductor(device, timer, told) for told in (False, True)} if is_compiled else {}
 
     def fake_model() -> torch.nn.Module:
-        return _fake_model(model, mode, device, replaced, "none" if inductor else "integers")
+        return _fake_model(model, mode, device, replaced, "none" if is_compiled else "integers")
 
-    def step(fake: torch.nn.Module, tracker: Tracker | None = None, observer_of: ObserverOf = unobserved) -> Timeline:
-        inputs = fake_copy((args, kwargs), mode, device, real="none" if inductor else "all")
-        if inductor is not None:
-            fake.forward = compiled_forward(fake, *inputs, findings.graphs, inductor, observer_of)
+    def step(
+        fake: torch.nn.Module,
+        tracker: Tracker | None = None,
+        observer_of: ObserverOf = unobserved,
+        compiler_recomputes: bool = False,
+    ) -> Timeline:
+        inputs = fake_copy((args, kwargs), mode, device, real="none" if is_compiled else "all")
+        if is_compiled:
+            compiler = compilers[compiler_recomputes]
+            fake.forward = compiled_forward(fake, *inputs, findings.graphs, compiler, observer_of)
         loss_fn = options.loss_fn or default_loss
         return simulate(
-            fake, *inputs, make_optimizer=make_optimizer, loss_fn=loss_fn, device=device,
+            fake, *inputs, make_optimizer=make_optimizer, loss_fn=loss_fn, device=device, timer=timer,
             accumulates=options.gradient_accumulation > 1, tracker=tracker,
         )  # fmt: skip
 
     def traced_forward(fake: torch.nn.Module) -> None:
         simulate_forward(fake, *fake_copy((args, kwargs), mode, device, real="none"), device)
 
-    def peak(fake: torch.nn.Module) -> Peak:
-        highest = step(fake).peak
-        return replace(highest, peak_bytes=highest.peak_bytes + overhead_bytes(device))
-
-    def simulate_plan(sizes: Sizes) -> Peak:
+    def simulate_actions(actions: Actions, compiler_recomputes: bool = False) -> Timeline:
         progress("planned step")
         fake = fake_model()
-        install(fake, region_plans(findings, candidates, sizes), options.seed)
-        return peak(fake)
+        install(fake, region_plans(findings, candidates, actions.sizes), options.seed)
+        install_checkpointing(fake, actions.recomputed)
+        return step(fake, compiler_recomputes=compiler_recomputes)
 
-    if inductor is None:
-        findings = probe(fake_model(), step, traced_forward, Tracker(), progress, replaced)
-    else:
+    if is_compiled:
         findings = probe(fake_model(), None, traced_forward, Tracker(), progress, replaced)
         kept = KeptTensors(findings, Tracker())
         timeline = step(fake_model(), kept.tracker, kept.observer_of)
         findings = replace(findings, savings=tuple(kept.savings), last_uses=kept.last_uses, timeline=timeline)
+    else:
+        findings = probe(fake_model(), step, traced_forward, Tracker(), progress, replaced)
     progress("untouched step")
-    baseline = peak(fake_model())
+    untouched = step(fake_model())
     parameters = dict(model.named_parameters(remove_duplicate=False))
     candidates, skipped = find_candidates(
         findings,
@@ -120,9 +146,12 @@ def analyse(
         lambda use: exclusion(model, parameters, use, options),
     )
     _check_sizes(options, candidates, findings)
-    skipped += _without_products(fake_model(), findings)
-    moments = _moments(findings, candidates, overhead_bytes(device))
-    return Analysis(findings, candidates, skipped, baseline, moments, _notes(model, replaced, options), simulate_plan)
+    overhead = overhead_bytes(device)
+    return Analysis(
+        findings, candidates, find_recomputable(model, findings), skipped + _without_products(fake_model(), findings),
+        with_overhead(untouched, overhead), untouched, overhead, _notes(model, replaced, options), is_compiled,
+        simulate_actions,
+    )  # fmt: skip
 
 
 def _fake_model(
@@ -193,25 +222,3 @@ def _check_sizes(options: Options, candidates: tuple[Candidate, ...], findings: 
             f"sub_token_sizes {tuple(options.sub_token_sizes)} divides none of the input widths "
             f"{', '.join(map(str, widths))}: choose divisors of them"
         )
-
-
-def _moments(findings: Findings, candidates: tuple[Candidate, ...], overhead: int) -> tuple[Moment, ...]:
-    """Cuts the trial step where the set of compressible tensors alive changes, and takes each stretch's peak."""
-    timeline = findings.timeline
-    assert timeline is not None
-    end = len(timeline.deltas)
-    spans = [
-        (findings.last_uses.get(storage, timeline.births[storage] + 1), timeline.deaths.get(storage, end), index)
-        for index, candidate in enumerate(candidates)
-        for storage in candidate.storages
-    ]
-    cuts = sorted({0, *(min(start, end - 1) for start, _, _ in spans), *(stop for _, stop, _ in spans if stop < end)})
-    peaks = np.maximum.reduceat(timeline.live_bytes, cuts)
-    moments = []
-    for cut, highest in zip(cuts, peaks.tolist(), strict=True):
-        alive: dict[int, int] = {}
-        for start, stop, index in spans:
-            if start <= cut < stop:
-                alive[index] = alive.get(index, 0) + 1
-        moments.append(Moment(int(highest) + overhead, tuple(sorted(alive.items()))))
-    return tuple(moments)

@@ -12,10 +12,11 @@ import torch
 from velora_fx.analysis import analyse
 from velora_fx.arguments import example_call
 from velora_fx.calibrate import calibrate
+from velora_fx.checkpointing import Checkpointed, install_checkpointing
 from velora_fx.first_forward import STATE, FirstForward, Request
 from velora_fx.installing import install
 from velora_fx.options import Options, budget_bytes_of, planning_device
-from velora_fx.planning import make_plan, sizes_of
+from velora_fx.planning import actions_of, make_plan
 from velora_fx.plans import Plan
 from velora_fx.progress import planning_progress
 from velora_fx.region import Region
@@ -27,10 +28,11 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 
 @dataclass
 class Installed:
-    """What `optimize` leaves on a model: its plan and its regions."""
+    """What `optimize` leaves on a model: its plan, its regions and its checkpointed blocks."""
 
     plan: Plan
     regions: list[Region]
+    checkpointed: list[Checkpointed]
 
 
 def optimize(
@@ -47,6 +49,8 @@ def optimize(
     filter_fn: Callable[[torch.nn.Module, str], bool] | None = None,
     loss_fn: Callable[[Any], torch.Tensor] | None = None,
     gradient_accumulation: int = 1,
+    exact_only: bool = False,
+    recompute: bool = False,
     device: str | torch.device | None = None,
     seed: int = 0,
 ) -> Model:
@@ -72,6 +76,9 @@ def optimize(
             default weights tied to an embedding and output heads over a vocabulary may not.
         loss_fn: the loss of the model's output, for planning; by default the output's `loss`, or a stand-in.
         gradient_accumulation: batches whose gradients are added up before each optimizer step.
+        exact_only: never compress; blocks recompute in backward what the budget does not let them keep, by
+            `torch.utils.checkpoint`: norms and activations first, all of the block where that is not enough.
+        recompute: blocks may be recomputed besides, priced by the time it takes.
         device: what is planned for, "cpu" or "cuda"; by default the model's device.
         seed: seed of the projections.
 
@@ -83,7 +90,7 @@ def optimize(
     options = Options(
         optimizer=optimizer, target=target, gradients=gradients, projection=projection,
         sub_token_sizes=sub_token_sizes, filter_fn=filter_fn, loss_fn=loss_fn, device=device, seed=seed,
-        gradient_accumulation=gradient_accumulation,
+        gradient_accumulation=gradient_accumulation, exact_only=exact_only, recompute=recompute,
     )  # fmt: skip
     request = _request(model, options, budget_gb, plan)
     if example_inputs is None:
@@ -106,6 +113,8 @@ def plan(
     filter_fn: Callable[[torch.nn.Module, str], bool] | None = None,
     loss_fn: Callable[[Any], torch.Tensor] | None = None,
     gradient_accumulation: int = 1,
+    exact_only: bool = False,
+    recompute: bool = False,
     device: str | torch.device | None = None,
     seed: int = 0,
 ) -> Plan:
@@ -117,7 +126,7 @@ def plan(
     options = Options(
         optimizer=optimizer, target=target, gradients=gradients, projection=projection,
         sub_token_sizes=sub_token_sizes, filter_fn=filter_fn, loss_fn=loss_fn, device=device, seed=seed,
-        gradient_accumulation=gradient_accumulation,
+        gradient_accumulation=gradient_accumulation, exact_only=exact_only, recompute=recompute,
     )  # fmt: skip
     where = planning_device(model, options)
     budget_bytes = None if budget_gb is None else budget_bytes_of(budget_gb, where)
@@ -139,7 +148,7 @@ def plan_of(model: torch.nn.Module) -> Plan:
 def restore(model: Model) -> Model:
     """Undoes `optimize`: every module gets its own forward back; a model that is not optimised stays as it is."""
     state = vars(model).pop(STATE, None)
-    for stand_in in state.regions if isinstance(state, Installed) else [state] if state else []:
+    for stand_in in [*state.regions, *state.checkpointed] if isinstance(state, Installed) else [state] if state else []:
         stand_in.remove()  # also where a wrapper took its place
     uninstall(model)
     return model
@@ -183,13 +192,14 @@ def apply(model: torch.nn.Module, request: Request, args: tuple[Any, ...], kwarg
     with planning_progress() as progress:
         analysis = analyse(model, args, kwargs, options, request.device, progress)
         if request.plan is not None:
-            made, sizes = request.plan, sizes_of(request.plan, analysis)
+            made, actions = request.plan, actions_of(request.plan, analysis)
             options = replace(options, projection=made.projection, seed=made.seed)
         else:
-            made, sizes = make_plan(analysis, request.budget_bytes, type(model).__name__, options, request.device)
+            made, actions = make_plan(analysis, request.budget_bytes, type(model).__name__, options, request.device)
     restore(model)
-    regions = install(model, analysis.region_plans(sizes), options.seed)
-    setattr(model, STATE, Installed(made, regions))
+    regions = install(model, analysis.region_plans(actions.sizes), options.seed)
+    checkpointed = install_checkpointing(model, actions.recomputed)
+    setattr(model, STATE, Installed(made, regions, checkpointed))
     if request.projections:
         _load_projections(regions, request.projections)
     elif options.projection == "batch_mean":

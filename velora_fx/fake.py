@@ -95,6 +95,8 @@ class GroupedProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
     The shape function of `aten._grouped_mm` refuses all but bfloat16.
     """
 
+    supports_higher_order_operators = True
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -10,6 +10,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,15 +20,22 @@ from torch.fx import GraphModule
 from velora_fx.capture import isolated
 from velora_fx.fake import kernels_of
 from velora_fx.passes.kept_for_backward import Kept, kept_for_backward
+from velora_fx.step_time import StepTimer
 
 Observe = Callable[[Mapping[str, torch.Tensor], Mapping[str, Kept]], None]
 
 
 @dataclass
 class Inductor:
-    """Compiles graphs for fake inputs, equal ones once, and runs them; `device` is the one that is planned for."""
+    """Compiles graphs for fake inputs, equal ones once, and runs them; `device` is the one that is planned for.
+
+    `timer` is told of the kernels that run. With `recomputes` the partitioner is let to recompute in backward what
+    matrix products there take, the exact rival of compression.
+    """
 
     device: torch.device
+    timer: StepTimer
+    recomputes: bool = False
     compiled: dict[tuple[Any, ...], CompiledGraph] = field(default_factory=dict)
 
     def run(self, gm: GraphModule, inputs: Sequence[torch.Tensor], observe: Observe) -> tuple[Any, ...]:
@@ -38,7 +46,7 @@ class Inductor:
         key = (_text(gm), *(_describe(tensor) for tensor in inputs))
         if key not in self.compiled:
             with isolated(), kernels_of(self.device):
-                self.compiled[key] = _compile(gm, inputs)
+                self.compiled[key] = _compile(gm, inputs, self.timer, self.recomputes)
         graph = self.compiled[key]
         graph.observe.append(observe)
         try:
@@ -58,15 +66,18 @@ class CompiledGraph:
 
 
 def _text(gm: GraphModule) -> tuple[Any, ...]:
-    constants = tuple(id(getattr(gm, str(node.target))) for node in gm.graph.nodes if node.op == "get_attr")
-    return gm.graph.python_code("self").src, constants
+    constants = [getattr(gm, str(node.target)) for node in gm.graph.nodes if node.op == "get_attr"]
+    contents = tuple(_text(value) if isinstance(value, GraphModule) else id(value) for value in constants)
+    return gm.graph.python_code("self").src, contents, gm.meta.get("_checkpoint_context_fn")
 
 
 def _describe(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
-def _compile(gm: GraphModule, inputs: Sequence[torch.Tensor]) -> CompiledGraph:
+def _compile(
+    gm: GraphModule, inputs: Sequence[torch.Tensor], timer: StepTimer, recomputes: bool
+) -> CompiledGraph:
     from torch._functorch import config as functorch_config
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -80,10 +91,16 @@ def _compile(gm: GraphModule, inputs: Sequence[torch.Tensor]) -> CompiledGraph:
         names = [str(node) for node in returned]
         if options.get("is_backward"):
             kept.update(kept_for_backward(graph))
-        with _without_kernels():
+        kernels: list[int] = []
+        with _without_kernels(), config.patch(_post_fusion_custom_pass=partial(_note_kernels, kernels)):
             code: Any = compile_fx_inner(graph, example_inputs, **options)
-        run = code.current_callable
-        _allocate_fakes(run, mode)
+        generated = code.current_callable
+        _allocate_fakes(generated, mode)
+
+        def run(arguments: list[Any]) -> Any:
+            for num_bytes in kernels:
+                timer.add_kernel(num_bytes)
+            return generated(arguments)
 
         def observed(arguments: list[Any]) -> Any:
             outputs = run(arguments)
@@ -91,16 +108,29 @@ def _compile(gm: GraphModule, inputs: Sequence[torch.Tensor]) -> CompiledGraph:
             observe[-1](tensors, kept)
             return outputs
 
-        if not (options.get("is_backward") or options.get("is_inference")):
-            code.current_callable = observed
+        is_forward = not (options.get("is_backward") or options.get("is_inference"))
+        code.current_callable = observed if is_forward else run
         return code
 
     # Both graphs are compiled now: the backward's tells what is kept for which gradient.
-    eager_backward = {"force_non_lazy_backward_lowering": True, "enable_autograd_cache": False}
+    eager_backward = {
+        "force_non_lazy_backward_lowering": True,
+        "enable_autograd_cache": False,
+        "ban_recompute_materialized_backward": not recomputes,
+    }
     uncached = {"fx_graph_cache": False, "compile_threads": 1}
     with config.patch(uncached), functorch_config.patch(eager_backward):
         call: Any = compile_fx(copy.deepcopy(gm), list(inputs), inner_compile=inner_compile)
     return CompiledGraph(call, kept, observe)
+
+
+def _note_kernels(kernels: list[int], nodes: list[Any]) -> list[Any]:
+    """Adds the bytes that each kernel of Inductor's own reads and writes; other operators are timed as they run."""
+    from torch._inductor.scheduler import ExternKernelSchedulerNode, NopKernelSchedulerNode
+
+    others = (ExternKernelSchedulerNode, NopKernelSchedulerNode)
+    kernels += [node.get_read_write_buffers_sizes() for node in nodes if not isinstance(node, others)]
+    return nodes
 
 
 class _NoKernel:

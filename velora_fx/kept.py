@@ -28,33 +28,40 @@ class KeptTensors:
         self.last_uses: dict[int, int] = {}
         self._uses = {full_name(use.region, use.parameter): use for use in reversed(findings.uses.values())}
         self._dtypes = _input_dtypes(findings)
+        self._regions = list(findings.graphs)
 
     def observer_of(self, state: Mapping[int, str]) -> Observe:
         """The observer of a graph whose inputs of these numbers are these parameters and buffers."""
+
+        region = next((name for name in self._regions if _belongs(state, name)), "")
 
         def observe(tensors: Mapping[str, torch.Tensor], kept: Mapping[str, Kept]) -> None:
             for name, tensor in tensors.items():
                 storage = self.tracker.watch(tensor)
                 if self.tracker.categories.get(storage) not in ("parameters", "buffers"):
-                    self.savings += self._savings(name, tensor, storage, kept[name], state)
+                    self.savings += self._savings(name, tensor, storage, kept[name], state, region)
                     self.last_uses[storage] = self.tracker.now
 
         return observe
 
     def _savings(
-        self, name: str, tensor: torch.Tensor, storage: int, kept: Kept, state: Mapping[int, str]
+        self, name: str, tensor: torch.Tensor, storage: int, kept: Kept, state: Mapping[int, str], region: str
     ) -> list[Saving]:
         size = tensor.untyped_storage().nbytes()
-        found = [Saving(storage, size, "", _plain(operation)) for operation in kept.operations]
+        found = [Saving(storage, size, region, _plain(operation)) for operation in kept.operations]
         for number, width in sorted(kept.gradients_of):
             use = self._uses.get(state.get(number, ""))
             if use is None:
-                found.append(Saving(storage, size, "", "a product with another activation"))
+                found.append(Saving(storage, size, region, "a product with another activation"))
                 continue
             shape = tuple(tensor.shape) if tensor.shape[-1] == width else (tensor.numel() // width, width)
             dtype = self._dtypes.get((use.region, use.consumer), tensor.dtype)
             found.append(Saving(storage, size, use.region, "linear", use.consumer, name, shape, dtype))
-        return found or [Saving(storage, size, "", "the compiled backward")]
+        return found or [Saving(storage, size, region, "the compiled backward")]
+
+
+def _belongs(state: Mapping[int, str], region: str) -> bool:
+    return bool(state) and all(name.startswith(f"{region}.") for name in state.values())
 
 
 def _plain(operation: str) -> str:

@@ -13,8 +13,10 @@ from torch.fx import GraphModule
 
 from velora_fx.cache_filling import filling_graph
 from velora_fx.capture import state_of
+from velora_fx.checkpointing import CONTEXTS, Checkpointed
 from velora_fx.fake import as_compiled, fake_tensor
 from velora_fx.graphs import Call, RegionGraph, find_graph, key_of
+from velora_fx.passes.recompute_in_backward import recompute_in_backward
 from velora_fx.region import Region, make_call
 from velora_fx.regions import find_blocks
 
@@ -41,6 +43,7 @@ def record(
     names = {id(tensor): name for name, tensor in state_of(model).items()}
     calls: list[BlockCall] = []
     filling: dict[int, GraphModule] = {}
+    recomputing: dict[tuple[int, str], GraphModule] = {}
 
     def recorded(name: str, block: torch.nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         call = make_call(block, args, kwargs)
@@ -50,7 +53,11 @@ def record(
         gm = graph.gm
         outputs = tuple(gm(*call.tensors, *projections))
         result, num_results = graph.result(outputs), len(outputs)
-        if not isinstance(forward, Region) and (caches := _caches_left_out(call, args, kwargs)):
+        if isinstance(forward, Checkpointed):
+            gm = recomputing.setdefault(
+                (id(graph), forward.recompute), recompute_in_backward(gm, CONTEXTS[forward.recompute])
+            )
+        elif not isinstance(forward, Region) and (caches := _caches_left_out(call, args, kwargs)):
             if id(graph) not in filling:
                 filling[id(graph)] = filling_graph(block, args, kwargs, caches)
             gm = filling[id(graph)]

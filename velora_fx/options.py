@@ -31,6 +31,8 @@ class Options:
     filter_fn: Callable[[torch.nn.Module, str], bool] | None = None
     loss_fn: Callable[[Any], torch.Tensor] | None = None
     gradient_accumulation: int = 1
+    exact_only: bool = False
+    recompute: bool = False
     device: str | torch.device | None = None
     seed: int = 0
 
@@ -53,6 +55,9 @@ class Options:
         batches = self.gradient_accumulation
         if type(batches) is not int or batches < 1:
             raise ValueError(f"gradient_accumulation must be a number of batches, at least 1, got {batches!r}")
+        for name, flag in {"exact_only": self.exact_only, "recompute": self.recompute}.items():
+            if type(flag) is not bool:
+                raise ValueError(f"{name} must be True or False, got {flag!r}")
         if type(self.seed) is not int:
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
         if self.device is not None:

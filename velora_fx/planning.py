@@ -2,91 +2,54 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from velora_fx.analysis import Analysis, Sizes
+from velora_fx.analysis import Actions, Analysis
 from velora_fx.candidates import Candidate
+from velora_fx.devices import device_rates
+from velora_fx.exact import exact_alternative
 from velora_fx.options import Options
-from velora_fx.overhead import overhead_bytes
-from velora_fx.plans import BudgetError, Decision, Plan
+from velora_fx.plans import BudgetError, Decision, Exact, Plan, Recomputed
 from velora_fx.projection import without_wrappers
 from velora_fx.report import in_units
-from velora_fx.solver import Item, choose
+from velora_fx.search import Search
 from velora_fx.timeline import Peak
-
-MAX_SIMULATIONS = 4
 
 
 def make_plan(
     analysis: Analysis, budget_bytes: int | None, name: str, options: Options, device: torch.device
-) -> tuple[Plan, Sizes]:
+) -> tuple[Plan, Actions]:
     """The plan of least approximation within the budget, checked by a simulation of the planned step.
 
-    With no budget nothing is compressed. Raises BudgetError, with the tightest plan there is, if no plan fits.
+    With no budget nothing is done. Raises BudgetError, with the tightest plan there is, if no plan fits.
     """
-    sizes, planned = _search(analysis, budget_bytes)
-    plan = write_plan(analysis, sizes, planned, budget_bytes, name, options, device)
+    actions, planned, exact = Actions(), analysis.baseline, None
+    if budget_bytes is not None:
+        search = Search(analysis, not options.exact_only, options.exact_only or options.recompute)
+        actions, planned = search.within(budget_bytes)
+        if actions.sizes:
+            exact = exact_alternative(analysis, budget_bytes)
+    plan = write_plan(analysis, actions, planned, exact, budget_bytes, name, options, device)
     if not plan.fits:
         raise BudgetError(_unreachable(plan), plan)
-    return plan, sizes
+    return plan, actions
 
 
-def _search(analysis: Analysis, budget_bytes: int | None) -> tuple[Sizes, Peak]:
-    if budget_bytes is None or analysis.baseline.peak_bytes <= budget_bytes:
-        return {}, analysis.baseline
-    candidates = analysis.candidates
-    items = [_item(analysis, candidate) for candidate in candidates]
-    best: tuple[float, Sizes, Peak] | None = None
-    tried = set()
-    correction = 0
-    for _ in range(MAX_SIMULATIONS):
-        levels = choose(items, analysis.moments, budget_bytes - correction)
-        if levels is None or levels in tried:
-            break
-        tried.add(levels)
-        sizes = _sizes(candidates, levels)
-        planned = analysis.simulate_plan(sizes)
-        cost = sum(item.costs[level - 1] for item, level in zip(items, levels, strict=True) if level)
-        if planned.peak_bytes <= budget_bytes and (best is None or cost < best[0]):
-            best = cost, sizes, planned
-        # The moments are those of a step with nothing compressed; the simulation is the truth.
-        estimate = max(moment.bytes_at(items, levels) for moment in analysis.moments)
-        correction = planned.peak_bytes - estimate
-    if best is not None:
-        return best[1], best[2]
-    tightest = analysis.simulate_plan(_tightest(analysis))
-    if tightest.peak_bytes > analysis.baseline.peak_bytes:
-        return {}, analysis.baseline
-    return _tightest(analysis), tightest
-
-
-def _tightest(analysis: Analysis) -> Sizes:
-    """Everything compressed as far as it can be."""
-    return {candidate.key: candidate.sizes[-1] for candidate in analysis.candidates}
-
-
-def _item(analysis: Analysis, candidate: Candidate) -> Item:
-    """Savings for each storage of the candidate; the cost of a size M is numel(W) * log2(M)."""
-    graphs = tuple(id(graph) for graph in analysis.findings.graphs[candidate.region])
-    shapes = tuple(saving.shape for saving in candidate.savings)
-    calls = len(candidate.storages)
-    return Item(
-        group=(graphs, candidate.tensor, shapes),
-        savings=tuple((candidate.bytes_before - candidate.bytes_after(size)) // calls for size in candidate.sizes),
-        costs=tuple(candidate.num_weights * math.log2(size) for size in candidate.sizes),
-    )
-
-
-def _sizes(candidates: Sequence[Candidate], levels: Sequence[int]) -> Sizes:
-    return {c.key: c.sizes[level - 1] for c, level in zip(candidates, levels, strict=True) if level}
-
-
-def sizes_of(plan: Plan, analysis: Analysis) -> Sizes:
-    """The choice that a plan stands for, on a model that was analysed; ValueError if the plan is for another one."""
+def actions_of(plan: Plan, analysis: Analysis) -> Actions:
+    """The actions that a plan stands for, on a model that was analysed; ValueError if the plan is for another one."""
+    blocks = {without_wrappers(block.name): block.name for block in analysis.blocks}
+    recomputed = {}
+    for item in plan.recomputed:
+        block = blocks.get(without_wrappers(item.region))
+        if block is None:
+            raise ValueError(
+                f"the plan recomputes {item.region}, which is no block of this model that can be run twice: make the "
+                "plan with this model and these inputs"
+            )
+        recomputed[block] = item.recompute
     candidates = {_names(candidate.consumers): candidate for candidate in analysis.candidates}
     sizes = {}
     for decision in plan.compressed:
@@ -104,7 +67,7 @@ def sizes_of(plan: Plan, analysis: Analysis) -> Sizes:
                 f"{candidate.savings[0].shape[-1]} of {decision.consumers[0]}"
             )
         sizes[candidate.key] = decision.sub_token_size
-    return sizes
+    return Actions(sizes, recomputed)
 
 
 def _names(consumers: Sequence[str]) -> tuple[str, ...]:
@@ -113,24 +76,28 @@ def _names(consumers: Sequence[str]) -> tuple[str, ...]:
 
 def write_plan(
     analysis: Analysis,
-    sizes: Mapping[tuple[str, str], int],
+    actions: Actions,
     planned: Peak,
+    exact: Exact | None,
     budget_bytes: int | None,
     name: str,
     options: Options,
     device: torch.device,
 ) -> Plan:
-    """The plan that the choice of sizes amounts to."""
+    """The plan that the actions amount to."""
     plan = Plan(
         model=name,
         target=options.target,
         device=str(device.type),
         optimizer=optimizer_name(options.optimizer),
         budget_bytes=budget_bytes,
-        overhead_bytes=overhead_bytes(device),
+        overhead_bytes=analysis.overhead_bytes,
         baseline=analysis.baseline,
         planned=planned,
-        decisions=tuple(_decision(candidate, sizes.get(candidate.key)) for candidate in analysis.candidates),
+        decisions=tuple(_decision(candidate, actions.sizes.get(candidate.key)) for candidate in analysis.candidates),
+        recomputed=tuple(Recomputed(name, recompute) for name, recompute in actions.recomputed.items()),
+        exact=exact,
+        rates=device_rates(device).name,
         skipped=analysis.skipped,
         notes=(),
         projection=options.projection,
@@ -173,7 +140,7 @@ def _notes(analysis: Analysis, plan: Plan) -> list[str]:
     for name, reason in analysis.findings.failures.items():
         notes.append(f"{name or 'the model'} could not be captured as one region: {reason}")
     if plan.budget_bytes is None:
-        smallest = analysis.simulate_plan(_tightest(analysis)).peak_bytes
+        smallest = Search(analysis, True, False).tightest[1].peak_bytes
         notes.append(f"with everything compressed as far as possible the peak is {in_units(smallest)}")
     return notes
 

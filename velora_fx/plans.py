@@ -12,7 +12,7 @@ from velora_fx.plotting import plot
 from velora_fx.report import render
 from velora_fx.timeline import Curve, Peak
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,36 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class Recomputed:
+    """A block under gradient checkpointing: "pointwise" keeps the outputs of matrix products and attention, "all"
+    keeps the block's inputs alone."""
+
+    region: str
+    recompute: Literal["pointwise", "all"]
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The best that exact recompute reaches instead of compression: whether it fits the budget, its peak and time.
+
+    `means` is "checkpointing" (`exact_only=True` installs it) or "compiler", the private setting
+    `torch._functorch.config.ban_recompute_materialized_backward=False`.
+    """
+
+    means: Literal["checkpointing", "compiler"]
+    fits: bool
+    peak_bytes: int
+    step_seconds: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """A plan for one training step of a model; print it for the report.
 
     `budget_bytes` is what was asked for, None if nothing was; `overhead_bytes` what the device holds besides the
     tensors. `baseline` and `planned` are the simulated peaks of the untouched and of the planned model, in bytes of
-    tensors plus overhead.
+    tensors plus overhead. `recomputed` names the blocks that recompute in backward; `exact` is the best that exact
+    recompute does in place of the compression, None where nothing is compressed. Step times are predicted for `rates`.
     """
 
     model: str
@@ -60,6 +84,9 @@ class Plan:
     baseline: Peak
     planned: Peak
     decisions: tuple[Decision, ...]
+    recomputed: tuple[Recomputed, ...]
+    exact: Exact | None
+    rates: str
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...]
     projection: str
@@ -101,6 +128,8 @@ class Plan:
             Decision(**{**item, "consumers": tuple(item["consumers"]), "shape": tuple(item["shape"])})
             for item in data["decisions"]
         )
+        fields["recomputed"] = tuple(Recomputed(**item) for item in data["recomputed"])
+        fields["exact"] = None if data["exact"] is None else Exact(**data["exact"])
         fields["skipped"] = tuple(Skipped(**item) for item in data["skipped"])
         fields["notes"] = tuple(data["notes"])
         return cls(**fields)

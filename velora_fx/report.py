@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tabulate import tabulate
 
 if TYPE_CHECKING:
-    from velora_fx.plans import Decision, Plan
+    from velora_fx.plans import Decision, Exact, Plan
 
 # The number of a layer within a dotted name; the letter before it tells it from a decimal fraction.
 LAYER = re.compile(r"(?<=[A-Za-z_]\.)\d+")
@@ -23,14 +23,14 @@ Numbers = tuple[int, ...]
 
 def render(plan: Plan) -> str:
     """The report of a plan: memory before and after, what is compressed, what is skipped and why."""
-    sections = [_header(plan), _memory(plan), _decisions(plan), _summary(plan)]
+    sections = [_header(plan), _memory(plan), _decisions(plan), _recomputed(plan), _summary(plan)]
     return "\n\n".join(section for section in sections if section)
 
 
 def _header(plan: Plan) -> str:
     after = in_units(plan.planned.peak_bytes)
     peaks = f"{after}, at the {plan.planned.moment}"
-    if plan.compressed:
+    if plan.compressed or plan.recomputed:
         elsewhere = f", at the {plan.baseline.moment}," if plan.baseline.moment != plan.planned.moment else ""
         peaks = f"{in_units(plan.baseline.peak_bytes)}{elsewhere} -> {peaks}"
     lines = [
@@ -45,10 +45,29 @@ def _header(plan: Plan) -> str:
             lines.append(("verdict", f"fits, {margin} to spare"))
         else:
             lines.append(("verdict", f"DOES NOT FIT: the smallest reachable peak is {after}, {margin} over the budget"))
+    if plan.compressed or plan.recomputed:
+        lines.append(("step time", f"{_ratio(plan, plan.planned.step_seconds)} of the untouched, on {plan.rates} rates"))
     if plan.compressed:
         count = len({name.partition("#")[0] for decision in plan.compressed for name in decision.consumers})
         lines.append(("approximate", f"gradients of {count} weights (projection {plan.projection}, seed {plan.seed})"))
+    if plan.exact is not None:
+        lines.append(("exactly", _exactly(plan, plan.exact)))
     return tabulate(lines, tablefmt="plain", disable_numparse=True)
+
+
+def _exactly(plan: Plan, exact: Exact) -> str:
+    """What exact recompute would do at the same budget."""
+    if not exact.fits:
+        return f"not reachable by recompute alone: {in_units(exact.peak_bytes)} at the least"
+    means = {
+        "checkpointing": "exact_only=True recomputes in backward",
+        "compiler": "torch._functorch.config.ban_recompute_materialized_backward=False",
+    }[exact.means]
+    return f"this budget is also reachable exactly, step time {_ratio(plan, exact.step_seconds)} ({means})"
+
+
+def _ratio(plan: Plan, seconds: float) -> str:
+    return f"x{seconds / plan.baseline.step_seconds:.2f}" if plan.baseline.step_seconds else "x?"
 
 
 def _memory(plan: Plan) -> str:
@@ -57,8 +76,9 @@ def _memory(plan: Plan) -> str:
     if plan.overhead_bytes:
         rows.append(("overhead", plan.overhead_bytes, plan.overhead_bytes))
     rows.append(("total", before.peak_bytes, after.peak_bytes))
-    columns = 3 if plan.compressed else 2
-    headers = ("at the peak", "before", "after") if plan.compressed else ("at the peak", "bytes")
+    is_changed = plan.compressed or plan.recomputed
+    columns = 3 if is_changed else 2
+    headers = ("at the peak", "before", "after") if is_changed else ("at the peak", "bytes")
     cells = [(name, in_units(old), in_units(new))[:columns] for name, old, new in rows]
     return tabulate(cells, headers, colalign=("left", "right", "right")[:columns], disable_numparse=True)
 
@@ -95,6 +115,13 @@ def _place(region: str, consumers: Sequence[str]) -> tuple[str, str]:
     layers = [place for place, part in enumerate(shared) if RANGES.fullmatch(part)]
     where = ".".join(shared[: layers[-1] + 1] if layers else shared)
     return where or "the model", compact([name[len(where) + 1 :] if where else name for name in names])
+
+
+def _recomputed(plan: Plan) -> str:
+    kept = {"pointwise": "all but matrix products and attention", "all": "everything"}
+    texts = collapse(f"{block.region or 'the model'}\t{kept[block.recompute]}" for block in plan.recomputed)
+    rows = [(f"{where} x{n}" if n > 1 else where, what) for text, n in texts for where, what in [text.split("\t")]]
+    return tabulate(rows, ("where", "recomputed in backward, exactly"), disable_numparse=True) if rows else ""
 
 
 def _summary(plan: Plan) -> str:

@@ -6,12 +6,14 @@ import inspect
 import traceback
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from velora_fx.fake import as_compiled, kernels_of
+from velora_fx.step_time import StepTimer
 from velora_fx.timeline import Timeline
 from velora_fx.tracker import Tracker
 
@@ -27,10 +29,11 @@ def simulate(
     make_optimizer: OptimizerFactory,
     loss_fn: Callable[[Any], torch.Tensor],
     device: torch.device,
+    timer: StepTimer,
     accumulates: bool = False,
     tracker: Tracker | None = None,
 ) -> Timeline:
-    """Runs forward, loss, backward and optimizer step of a fake model, and returns memory over the step.
+    """Runs forward, loss, backward and optimizer step of a fake model, and returns memory over the step and its time.
 
     The step is one in the middle of training: the optimizer has its state, gradients were set to None before. With
     `accumulates` it is the last of several batches: the gradients of the others are there and are added to.
@@ -54,8 +57,8 @@ def simulate(
         if accumulates and parameter.requires_grad:
             parameter.grad = torch.empty_like(parameter)
             tracker.watch(parameter.grad, "gradients")
-    before = set(tracker.live())
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), tracker, kernels_of(device):
+    before, started = set(tracker.live()), timer.seconds
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), timer, tracker, kernels_of(device):
         tracker.mark("forward")
         loss = _run_forward(lambda: loss_fn(model(*args, **kwargs)))
         tracker.mark("backward")
@@ -68,7 +71,7 @@ def simulate(
         tracker.mark("optimizer step")
         if optimizer is not None:
             _optimizer_step(optimizer)
-    return tracker.timeline()
+    return replace(tracker.timeline(), seconds=timer.seconds - started)
 
 
 def simulate_forward(

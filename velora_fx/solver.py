@@ -17,12 +17,14 @@ class Item:
     """Something that can be compressed: `savings[l]` bytes at `costs[l]` for level l + 1, both growing with l.
 
     Level 0 keeps it whole. Items of one `group` are alike, the one that lives longest first: a later one is never
-    compressed more than an earlier one, so that plans are regular.
+    compressed more than an earlier one, so that plans are regular. Where the item with index `covered_by` is above
+    level 0 it frees this one too: this one then stays at level 0, and counts as compressed in the order of its group.
     """
 
     group: Hashable
     savings: tuple[int, ...]
     costs: tuple[float, ...]
+    covered_by: int | None = None
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,14 @@ def choose(items: Sequence[Item], moments: Sequence[Moment], budget_bytes: int) 
     A 0-1 program for HiGHS: variable (i, l) is 1 where item i is compressed at least to level l + 1. The least cost
     is met within a relative gap of 1e-4, the budget to the byte.
     """
-    highest = [len(item.savings) for item in items]
-    if any(moment.bytes_at(items, highest) > budget_bytes for moment in moments):
+    highest = _highest(items)
+    alone = all(item.covered_by is None for item in items)
+    if alone and any(moment.bytes_at(items, highest) > budget_bytes for moment in moments):
         return None
     binding = [moment for moment in _undominated(moments) if moment.peak_bytes > budget_bytes]
     if not binding:
         return (0,) * len(items)
-    starts = np.cumsum([0, *highest])
+    starts = np.cumsum([0, *(len(item.savings) for item in items)])
     rows = [_saving_row(items, moment, starts) for moment in binding]
     constraints = _constraints(items, binding, rows, starts, budget_bytes)
     for _ in range(MAX_SOLUTIONS):
@@ -66,7 +69,22 @@ def choose(items: Sequence[Item], moments: Sequence[Moment], budget_bytes: int) 
         for row in over:
             more = [(column, 1.0) for column, saving in row if saving > 0 and not chosen[column]]
             constraints.append(LinearConstraint(_matrix([more], int(starts[-1])), 1, np.inf))
-    return _trimmed(items, binding, budget_bytes, highest)
+    fits = all(moment.bytes_at(items, highest) <= budget_bytes for moment in binding)
+    return _trimmed(items, binding, budget_bytes, highest) if fits else None
+
+
+def _highest(items: Sequence[Item]) -> list[int]:
+    """Everything compressed as far as it goes; of an item and those that it covers, whatever frees more."""
+    covered = [0] * len(items)
+    for item in items:
+        if item.covered_by is not None:
+            covered[item.covered_by] += item.savings[-1]
+    kept = {index for index, item in enumerate(items) if covered[index] > item.savings[-1]}
+    levels = []
+    for index, item in enumerate(items):
+        is_covered = item.covered_by is not None and item.covered_by not in kept
+        levels.append(0 if index in kept or is_covered else len(item.savings))
+    return levels
 
 
 def _constraints(
@@ -81,9 +99,16 @@ def _constraints(
     unit = max(excess)  # HiGHS works with absolute tolerances
     savings = [[(column, saving / unit) for column, saving in row] for row in rows]
     constraints = [LinearConstraint(_matrix(savings, int(starts[-1])), np.array(excess) / unit, np.inf)]
-    order = [[(first, 1.0), (second, -1.0)] for first, second in _order_rows(items, starts)]
+    order = _order_rows(items, starts)
     if order:
         constraints.append(LinearConstraint(_matrix(order, int(starts[-1])), 0, np.inf))
+    either = [
+        [(int(starts[index]), 1.0), (int(starts[item.covered_by]), 1.0)]
+        for index, item in enumerate(items)
+        if item.covered_by is not None
+    ]
+    if either:
+        constraints.append(LinearConstraint(_matrix(either, int(starts[-1])), -np.inf, 1))
     return constraints
 
 
@@ -100,13 +125,17 @@ def _solve(items: Sequence[Item], constraints: Sequence[LinearConstraint]) -> np
 
 
 def _trimmed(items: Sequence[Item], moments: Sequence[Moment], budget_bytes: int, levels: list[int]) -> tuple[int, ...]:
-    """Lowers every level that the budget does not need: the solver stops within a relative gap of the optimum."""
+    """Lowers every level that the budget does not need: the solver stops within a relative gap of the optimum.
+
+    What covers others stays above level 0.
+    """
+    covers = {item.covered_by for item in items}
     counts = [dict(moment.alive) for moment in moments]
     slack = [budget_bytes - moment.bytes_at(items, levels) for moment in moments]
     following: dict[Hashable, int] = {}
     for index in reversed(range(len(items))):
         item = items[index]
-        floor = following.get(item.group, 0)
+        floor = max(following.get(item.group, 0), min(1, levels[index]) if index in covers else 0)
         while levels[index] > floor:
             lower = levels[index] - 1
             growth = item.savings[lower] - (item.savings[lower - 1] if lower else 0)
@@ -129,17 +158,20 @@ def _saving_row(items: Sequence[Item], moment: Moment, starts: np.ndarray) -> li
     return row
 
 
-def _order_rows(items: Sequence[Item], starts: np.ndarray) -> list[tuple[int, int]]:
-    """Pairs (a, b) of variables with a >= b: levels of one item, and equal levels along a group."""
-    pairs = []
+def _order_rows(items: Sequence[Item], starts: np.ndarray) -> list[list[tuple[int, float]]]:
+    """Rows that are at least 0: the levels of one item are reached in order, and along a group in the items' order."""
+    rows: list[list[tuple[int, float]]] = []
     last: dict[Hashable, int] = {}
     for index, item in enumerate(items):
-        pairs += [(int(starts[index]) + level, int(starts[index]) + level + 1) for level in range(len(item.costs) - 1)]
+        first, levels = int(starts[index]), range(len(item.costs))
+        rows += [[(first + level, 1.0), (first + level + 1, -1.0)] for level in levels[:-1]]
         before = last.get(item.group)
         if before is not None:
-            pairs += [(int(starts[before]) + level, int(starts[index]) + level) for level in range(len(item.costs))]
+            cover = items[before].covered_by
+            freed = [] if cover is None else [(int(starts[cover]), 1.0)]
+            rows += [[(int(starts[before]) + level, 1.0), *freed, (first + level, -1.0)] for level in levels]
         last[item.group] = index
-    return pairs
+    return rows
 
 
 def _matrix(rows: Sequence[Sequence[tuple[int, float]]], width: int) -> csr_array:

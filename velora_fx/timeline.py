@@ -25,13 +25,14 @@ class Curve:
 class Peak:
     """The highest point of a step: its bytes, the bytes of each category then, and the moment ("backward", ...).
 
-    `curve` is the way there and on.
+    `curve` is the way there and on, `step_seconds` the predicted time of the whole step.
     """
 
     peak_bytes: int
     breakdown: Mapping[str, int]
     moment: str
     curve: Curve | None = None
+    step_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,15 @@ class Timeline:
     """Births and deaths of storages in time order.
 
     `storages[i]` is born by the first event i that names it, with `deltas[i]` bytes, and freed by the second.
-    `categories` gives each storage's category; `marks` the first event of each moment of the step, in order.
+    `categories` gives each storage's category; `marks` the first event of each moment of the step, in order;
+    `seconds` the predicted time of the step.
     """
 
     storages: NDArray[np.int64]
     deltas: NDArray[np.int64]
     categories: Mapping[int, str]
     marks: tuple[tuple[int, str], ...]
+    seconds: float = 0.0
 
     @cached_property
     def live_bytes(self) -> NDArray[np.int64]:
@@ -73,7 +76,12 @@ class Timeline:
         for storage, delta in zip(self.storages[: event + 1].tolist(), self.deltas[: event + 1].tolist(), strict=True):
             breakdown[self.categories.get(storage, "temporary")] += delta
         moment = [name for start, name in self.marks if start <= event][-1]
-        return Peak(int(self.live_bytes[event]), breakdown, moment, self.curve)
+        return Peak(int(self.live_bytes[event]), breakdown, moment, self.curve, self.seconds)
+
+    def bytes_at_start_of(self, moment: str) -> int:
+        """Bytes in use when a moment begins."""
+        start = next(start for start, name in self.marks if name == moment)
+        return int(self.live_bytes[start - 1])
 
     @cached_property
     def curve(self) -> Curve:

@@ -23,6 +23,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     maps a storage that is a copy or a cast of another to that one.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, rounding_bytes: int = 1) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.rounding_bytes = rounding_bytes

@@ -1,0 +1,50 @@
+"""Which blocks can be recomputed in backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from velora_fx.passes.mutated_state import mutated_state
+from velora_fx.probe import Findings
+from velora_fx.region import is_checkpointed
+from velora_fx.regions import find_blocks
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block that can be run twice: its name, the bytes kept for its backward, and when all of them are alive.
+
+    `first` is the event of the trial step from which on they are, `end` the one that frees the first of them.
+    """
+
+    name: str
+    kept_bytes: int
+    first: int
+    end: int
+
+
+def find_recomputable(model: torch.nn.Module, findings: Findings) -> tuple[Block, ...]:
+    """The repeated blocks, in order, that keep something and whose forward does the same when it runs again.
+
+    A forward that could not be captured may do anything; one that changes buffers would change them twice.
+    """
+    timeline = findings.timeline
+    assert timeline is not None
+    kept: dict[str, dict[int, None]] = {}
+    for saving in findings.savings:
+        kept.setdefault(saving.region, {})[saving.storage] = None
+    blocks = []
+    for name, module in find_blocks(model).items():
+        graphs = [graph.gm for graph in findings.graphs.get(name, ()) if graph.gm is not None]
+        unfit = name in findings.failures or is_checkpointed(module) or any(map(mutated_state, graphs))
+        if unfit or not graphs or name not in kept:
+            continue
+        storages = list(kept[name])
+        starts = [findings.last_uses.get(storage, timeline.births[storage] + 1) for storage in storages]
+        ends = [timeline.deaths.get(storage, len(timeline.deltas)) for storage in storages]
+        num_bytes = -sum(int(timeline.deltas[timeline.deaths[s]]) for s in storages if s in timeline.deaths)
+        if num_bytes and max(starts) < min(ends):
+            blocks.append(Block(name, num_bytes, max(starts), min(ends)))
+    return tuple(blocks)

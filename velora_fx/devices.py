@@ -1,0 +1,60 @@
+"""How fast devices are, for predicted step times."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+TERA, GIGA = 1e12, 1e9
+# The share of the peak rate of matrix products that is reached, as torch.distributed._tools.RuntimeEstimator has it.
+ATTAINED = 0.75
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peak rates of dense matrix products in 16-bit floats and in float32 (no TF32, PyTorch's default), the bandwidth
+    of memory, and the least time of an operation in eager mode."""
+
+    name: str
+    half_flops_per_second: float
+    float_flops_per_second: float
+    bytes_per_second: float
+    launch_seconds: float = 5e-6
+
+    def matmul_seconds(self, flops: float, dtype: torch.dtype) -> float:
+        """Seconds for so many operations of matrix products in this dtype."""
+        is_half = dtype in (torch.float16, torch.bfloat16)
+        return flops / (ATTAINED * (self.half_flops_per_second if is_half else self.float_flops_per_second))
+
+
+# NVIDIA's data sheets and architecture white papers; without sparsity, 16-bit products with float32 accumulation.
+GPUS = (
+    Device("T4", 65 * TERA, 8.1 * TERA, 320 * GIGA),
+    Device("V100", 125 * TERA, 15.7 * TERA, 900 * GIGA),
+    Device("RTX 3090", 71 * TERA, 35.6 * TERA, 936 * GIGA),
+    Device("RTX 4090", 165.2 * TERA, 82.6 * TERA, 1008 * GIGA),
+    Device("RTX 5090", 209.5 * TERA, 104.8 * TERA, 1792 * GIGA),
+    Device("A10G", 70 * TERA, 35 * TERA, 600 * GIGA),
+    Device("A10", 125 * TERA, 31.2 * TERA, 600 * GIGA),
+    Device("L4", 121 * TERA, 30.3 * TERA, 300 * GIGA),
+    Device("L40S", 362 * TERA, 91.6 * TERA, 864 * GIGA),
+    Device("A100", 312 * TERA, 19.5 * TERA, 2039 * GIGA),
+    Device("H100", 989 * TERA, 67 * TERA, 3350 * GIGA),
+    Device("H200", 989 * TERA, 67 * TERA, 4800 * GIGA),
+    Device("B200", 2250 * TERA, 75 * TERA, 8000 * GIGA),
+)
+TYPICAL_GPU = "A100"
+# One core: two 8-wide multiply-adds in each of 2.5e9 cycles, and its part of a server's memory bandwidth.
+CPU = Device("CPU", 80 * GIGA, 80 * GIGA, 10 * GIGA, 1e-6)
+
+
+def device_rates(device: torch.device) -> Device:
+    """The rates of the device that is planned for; a typical GPU where CUDA is planned for without one, or unknown."""
+    if device.type != "cuda":
+        return CPU
+    name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else TYPICAL_GPU
+    known = {gpu.name: gpu for gpu in GPUS}
+    words = name.replace("-", " ")
+    fitting = [gpu for gpu in GPUS if f" {gpu.name} " in f" {words} "]
+    return fitting[0] if fitting else known[TYPICAL_GPU]

@@ -1,0 +1,162 @@
+"""The search for the actions of least cost that fit a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from velora_fx.analysis import Actions, Analysis
+from velora_fx.blocks import Block
+from velora_fx.candidates import Candidate
+from velora_fx.checkpointing import Recompute
+from velora_fx.moments import Span, find_moments
+from velora_fx.solver import Item, Moment, choose
+from velora_fx.timeline import Peak
+
+MAX_SIMULATIONS = 4
+# Where time and approximation are traded: halving what is kept of every weight's input counts as much as this share of
+# the step's time.
+HALVING_PRICE = 0.02
+LEVELS: tuple[Recompute, ...] = ("pointwise", "all")
+
+
+@dataclass(frozen=True)
+class Search:
+    """Finds the cheapest actions of the allowed kinds, each result simulated: the simulation is the truth."""
+
+    analysis: Analysis
+    compresses: bool
+    recomputes: bool
+
+    def within(self, budget_bytes: int) -> tuple[Actions, Peak]:
+        """The cheapest actions whose peak is within the budget; the tightest there are if none is."""
+        analysis = self.analysis
+        if analysis.baseline.peak_bytes <= budget_bytes:
+            return Actions(), analysis.baseline
+        best: tuple[float, Actions, Peak] | None = None
+        tried = set()
+        correction = 0
+        for _ in range(MAX_SIMULATIONS):
+            levels = choose(self.items, self.moments, budget_bytes - correction)
+            if levels is None or levels in tried:
+                break
+            tried.add(levels)
+            actions = self.actions(levels)
+            planned = analysis.peak(actions)
+            cost = sum(item.costs[level - 1] for item, level in zip(self.items, levels, strict=True) if level)
+            if planned.peak_bytes <= budget_bytes and (best is None or cost < best[0]):
+                best = cost, actions, planned
+            # The moments are those of a step with nothing done about it.
+            estimate = max(moment.bytes_at(self.items, levels) for moment in self.moments)
+            correction = planned.peak_bytes - estimate
+        return best[1:] if best is not None else self.tightest
+
+    @cached_property
+    def tightest(self) -> tuple[Actions, Peak]:
+        """The actions of the smallest peak among: nothing, everything compressed, everything recomputed."""
+        found = [(Actions(), self.analysis.baseline)]
+        if self.compresses and self.analysis.candidates:
+            actions = Actions({candidate.key: candidate.sizes[-1] for candidate in self.analysis.candidates})
+            found.append((actions, self.analysis.peak(actions)))
+        if self.blocks:
+            actions = self._recomputing(self._gains[-1].level)
+            found.append((actions, self.analysis.peak(actions)))
+        return min(found, key=lambda pair: pair[1].peak_bytes)
+
+    @cached_property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """What may be compressed; where blocks may be recomputed, only what belongs to one region."""
+        found = self.analysis.candidates if self.compresses else ()
+        if not self.recomputes:
+            return found
+        return tuple(c for c in found if len({saving.region for saving in c.savings}) == 1)
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """What may be recomputed."""
+        return self.analysis.blocks if self.recomputes and self._gains else ()
+
+    @cached_property
+    def items(self) -> list[Item]:
+        """The solver's items: candidates first, then blocks, which cover the candidates in them."""
+        names = {block.name: len(self.candidates) + number for number, block in enumerate(self.blocks)}
+        return [self._candidate_item(c, names.get(c.region)) for c in self.candidates] + [
+            self._block_item(block) for block in self.blocks
+        ]
+
+    @cached_property
+    def moments(self) -> tuple[Moment, ...]:
+        """The moments of the trial step, with the items that are alive at each."""
+        timeline = self.analysis.findings.timeline
+        assert timeline is not None
+        last_uses, end = self.analysis.findings.last_uses, len(timeline.deltas)
+        spans: list[Span] = [
+            (last_uses.get(storage, timeline.births[storage] + 1), timeline.deaths.get(storage, end), index)
+            for index, candidate in enumerate(self.candidates)
+            for storage in candidate.storages
+        ]
+        spans += [(b.first, b.end, len(self.candidates) + number) for number, b in enumerate(self.blocks)]
+        return find_moments(timeline, spans, self.analysis.overhead_bytes)
+
+    def actions(self, levels: Sequence[int]) -> Actions:
+        """What a choice of levels stands for."""
+        chosen = list(levels)
+        sizes = {c.key: c.sizes[level - 1] for c, level in zip(self.candidates, chosen, strict=False) if level}
+        for_blocks = zip(self.blocks, chosen[len(self.candidates) :], strict=True)
+        return Actions(sizes, {block.name: self._gains[level - 1].level for block, level in for_blocks if level})
+
+    def _candidate_item(self, candidate: Candidate, covered_by: int | None) -> Item:
+        """Savings for each storage of the candidate; the cost of a size M is numel(W) * log2(M)."""
+        shapes = tuple(saving.shape for saving in candidate.savings)
+        calls = len(candidate.storages)
+        price = 1.0
+        if self.recomputes:
+            all_weights = sum(c.num_weights for c in self.candidates)
+            price = HALVING_PRICE * self.analysis.untouched.seconds / all_weights
+        return Item(
+            group=(self._graphs_of(candidate.region), candidate.tensor, shapes),
+            savings=tuple((candidate.bytes_before - candidate.bytes_after(size)) // calls for size in candidate.sizes),
+            costs=tuple(price * candidate.num_weights * math.log2(size) for size in candidate.sizes),
+            covered_by=covered_by,
+        )
+
+    def _block_item(self, block: Block) -> Item:
+        """Its part of what recomputing all blocks frees and costs in time."""
+        share = block.kept_bytes / sum(b.kept_bytes for b in self.blocks)
+        return Item(
+            group=(self._graphs_of(block.name),),
+            savings=tuple(int(share * gain.freed_bytes) for gain in self._gains),
+            costs=tuple(share * gain.seconds for gain in self._gains),
+        )
+
+    def _graphs_of(self, region: str) -> tuple[int, ...]:
+        return tuple(id(graph) for graph in self.analysis.findings.graphs[region])
+
+    @cached_property
+    def _gains(self) -> list[Gain]:
+        """The levels of recomputation worth offering, each freeing more than the one before."""
+        found: list[Gain] = []
+        for level in LEVELS:
+            timeline = self.analysis.simulate(self._recomputing(level))
+            untouched = self.analysis.untouched
+            freed = untouched.bytes_at_start_of("backward") - timeline.bytes_at_start_of("backward")
+            # Under a compiler it can save time; to keep is better all the same where both fit.
+            seconds = max(timeline.seconds, 1.0001 * untouched.seconds) - untouched.seconds
+            if freed > (found[-1].freed_bytes if found else 0):
+                found = [gain for gain in found if gain.seconds < seconds]
+                found.append(Gain(level, freed, seconds))
+        return found
+
+    def _recomputing(self, level: Recompute) -> Actions:
+        return Actions({}, {block.name: level for block in self.analysis.blocks})
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What recomputing all blocks in this way frees at the start of backward, and the time that it takes."""
+
+    level: Recompute
+    freed_bytes: int
+    seconds: float

@@ -1,0 +1,56 @@
+"""The predicted time of a training step: operations and bytes against the rates of a device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from velora_fx.devices import Device
+
+aten = torch.ops.aten
+FREE = (aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten.new_empty_strided, aten.detach)
+
+
+class StepTimer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While on, adds up in `seconds` what each operator would take on the device: the roofline model.
+
+    An operator takes as long as its arithmetic (of matrix products and attention) or the reading and writing of its
+    tensors, whichever is longer, and never less than a launch. Views are free.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, device: Device) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.device = device
+        self.seconds = 0.0
+
+    def add_kernel(self, num_bytes: int) -> None:
+        """Adds a fused kernel that reads and writes so many bytes."""
+        self.seconds += max(num_bytes / self.device.bytes_per_second, self.device.launch_seconds)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        packet = getattr(func, "overloadpacket", None)
+        if packet is None or packet in FREE or func.is_view:
+            return result
+        tensors = [leaf for leaf in _pytree.tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        if not tensors:
+            return result
+        moved = sum(_bytes(tensor) for tensor in tensors) / self.device.bytes_per_second
+        formula = flop_registry.get(packet)
+        flops = formula(*args, **(kwargs or {}), out_val=result) if formula else 0
+        computed = self.device.matmul_seconds(flops, tensors[0].dtype)
+        self.seconds += max(moved, computed, self.device.launch_seconds)
+        return result
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    """The bytes behind a tensor: an expanded one is no larger than its storage."""
+    return min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes())
