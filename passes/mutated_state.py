@@ -6,19 +6,30 @@ import torch
 from torch.fx import GraphModule, Node
 
 
+aten = torch.ops.aten
+# Operators that write the running statistics they are given, which their schemas do not say.
+HIDDEN_WRITES = (aten.batch_norm.default, aten.instance_norm.default, aten.native_batch_norm.default)
+
+
 def mutated_state(gm: GraphModule) -> tuple[str, ...]:
     """The dotted names of the parameters and buffers that are written in place, directly or through a view."""
     state: dict[str, str] = gm.meta["state"]
-    found = []
-    for node in gm.graph.nodes:
-        if not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Node):
-                source = _viewed(value)
-                if source.name in state:
-                    found.append(state[source.name])
-    return tuple(dict.fromkeys(found))
+    written = [source.name for node in gm.graph.nodes for source in map(_viewed, _writes(node))]
+    return tuple(dict.fromkeys(state[name] for name in written if name in state))
+
+
+def _writes(node: Node) -> list[Node]:
+    """The operands that a node writes to."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    if node.target in HIDDEN_WRITES:
+        return [operand for operand in node.args[3:5] if isinstance(operand, Node)]
+    arguments = zip(node.target._schema.arguments, node.args, strict=False)
+    return [
+        value
+        for argument, value in arguments
+        if isinstance(value, Node) and argument.alias_info is not None and argument.alias_info.is_write
+    ]
 
 
 def _viewed(node: Node) -> Node:

@@ -150,6 +150,16 @@ def test_inside_checkpointed_blocks_nothing_is_compressed_and_the_plan_says_why(
     assert abs(plan.baseline.peak_bytes - measured) <= 0.05 * measured
 
 
+def test_checkpointed_blocks_planned_for_cuda_without_a_gpu_recompute_attention_as_one_operator() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    model = bert().train()
+    model.gradient_checkpointing_enable()
+    cpu, cuda = (velora_fx.plan(model, None, batch_of(model), device=device) for device in ("cpu", "cuda"))
+    scores = 8 * 4 * 256 * 256 * 4  # a recomputed block keeps three of them on the CPU, where dropout takes it apart
+    assert cpu.baseline.peak_bytes - (cuda.baseline.peak_bytes - cuda.overhead_bytes) > 2 * scores
+
+
 class Recomputed(Block):
     """Recomputes itself in backward, in its own forward."""
 

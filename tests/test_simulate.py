@@ -94,3 +94,8 @@ def test_the_real_optimizer_its_scheduler_and_the_weights_are_left_alone(name: s
     assert str(after[2]) == str(before[2])
     assert all(parameter.grad is None for parameter in model.parameters())
     assert getattr(optimizer, "_opt_called", False) == (used and scheduler is not None)
+
+
+def test_a_loss_of_several_numbers_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"one number, got a tensor of shape \(4,\)"):
+        velora_fx.plan(stack(), None, (rows(),), loss_fn=lambda loss: loss.expand(4))

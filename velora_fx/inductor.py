@@ -75,9 +75,7 @@ def _describe(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
-def _compile(
-    gm: GraphModule, inputs: Sequence[torch.Tensor], timer: StepTimer, recomputes: bool
-) -> CompiledGraph:
+def _compile(gm: GraphModule, inputs: Sequence[torch.Tensor], timer: StepTimer, recomputes: bool) -> CompiledGraph:
     from torch._functorch import config as functorch_config
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner

@@ -46,7 +46,9 @@ def _header(plan: Plan) -> str:
         else:
             lines.append(("verdict", f"DOES NOT FIT: the smallest reachable peak is {after}, {margin} over the budget"))
     if plan.compressed or plan.recomputed:
-        lines.append(("step time", f"{_ratio(plan, plan.planned.step_seconds)} of the untouched, on {plan.rates} rates"))
+        lines.append(
+            ("step time", f"{_ratio(plan, plan.planned.step_seconds)} of the untouched, on {plan.rates} rates")
+        )
     if plan.compressed:
         count = len({name.partition("#")[0] for decision in plan.compressed for name in decision.consumers})
         lines.append(("approximate", f"gradients of {count} weights (projection {plan.projection}, seed {plan.seed})"))

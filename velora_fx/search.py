@@ -56,14 +56,14 @@ class Search:
     @cached_property
     def tightest(self) -> tuple[Actions, Peak]:
         """The actions of the smallest peak among: nothing, everything compressed, everything recomputed."""
-        found = [(Actions(), self.analysis.baseline)]
+        found: list[tuple[Actions, Peak]] = []
         if self.compresses and self.analysis.candidates:
             actions = Actions({candidate.key: candidate.sizes[-1] for candidate in self.analysis.candidates})
             found.append((actions, self.analysis.peak(actions)))
         if self.blocks:
             actions = self._recomputing(self._gains[-1].level)
             found.append((actions, self.analysis.peak(actions)))
-        return min(found, key=lambda pair: pair[1].peak_bytes)
+        return min([*found, (Actions(), self.analysis.baseline)], key=lambda pair: pair[1].peak_bytes)
 
     @cached_property
     def candidates(self) -> tuple[Candidate, ...]:

@@ -65,7 +65,7 @@ def simulate(
         for storage in tracker.live():
             if storage not in before:
                 tracker.categories[storage] = "activations"
-        loss.backward()  # type: ignore[no-untyped-call]
+        _backward(loss)
         _label_gradients(model, tracker)
         del loss
         tracker.mark("optimizer step")
@@ -112,6 +112,16 @@ def _run_forward(run: Callable[[], torch.Tensor]) -> torch.Tensor:
             "planning runs the model without values, and its forward asks for some (a branch on an activation, "
             f".item(), nonzero): {inside[-1].filename}:{inside[-1].lineno}: {inside[-1].line}"
         ) from error
+
+
+def _backward(loss: torch.Tensor) -> None:
+    """`loss.backward()`, which itself would run with torch function modes switched off: what is recomputed in backward
+    would take other kernels than in forward."""
+    if loss.numel() != 1:
+        raise ValueError(f"the loss must be one number, got a tensor of shape {tuple(loss.shape)}: pass loss_fn")
+    engine: Any = torch.autograd.Variable._execution_engine
+    gradients = (torch.ones_like(loss, memory_format=torch.preserve_format),)
+    engine.run_backward((loss,), gradients, False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def _label_gradients(model: torch.nn.Module, tracker: Tracker) -> None:

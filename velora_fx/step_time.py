@@ -12,7 +12,10 @@ from torch.utils.flop_counter import flop_registry
 from velora_fx.devices import Device
 
 aten = torch.ops.aten
-FREE = (aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten.new_empty_strided, aten.detach)
+FREE = (
+    aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten.new_empty_strided, aten.detach,
+    aten._unsafe_view,
+)  # fmt: skip
 
 
 class StepTimer(TorchDispatchMode):  # type: ignore[no-untyped-call]
