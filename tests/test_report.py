@@ -10,7 +10,7 @@ from expecttest import assert_expected_inline
 
 from velora_fx.plans import Decision, Plan, Skipped
 from velora_fx.report import collapse, compact, in_units
-from velora_fx.timeline import Peak
+from velora_fx.timeline import Group, Peak
 
 GIB, MIB = 2**30, 2**20
 CATEGORIES = ("parameters", "buffers", "gradients", "optimizer", "activations", "temporary")
@@ -61,8 +61,16 @@ def test_the_report_shows_memory_before_and_after_decisions_and_what_is_skipped(
             *(Skipped(f"{name}.self_attn.o_proj", "input also saved by attention") for name in layers),
             Skipped("lm_head", "it is the output head over a vocabulary"),
         ),
-        baseline=peak(GIB, 0, 0, 0, 3 * GIB, 512, overhead=704 * MIB),
-        planned=peak(GIB, 0, 0, 0, GIB, 512, overhead=704 * MIB),
+        baseline=replace(peak(GIB, 0, 0, 0, 3 * GIB, 512, overhead=704 * MIB), place="start of backward, in the loss"),
+        planned=replace(
+            peak(GIB, 0, 0, 0, GIB, 512, overhead=704 * MIB),
+            place="start of backward, in the loss",
+            there=Group("[16, 32000] float32", 3, 12 * MIB),
+            largest=(
+                Group("model.layers.0-31.mlp: linear [2, 8, 4096] bfloat16", 64, 8 * MIB),
+                Group("loss: log_softmax [16, 32000] float32", 1, 4 * MIB),
+            ),
+        ),
         overhead_bytes=704 * MIB,
         notes=("something to know",),
     )
@@ -72,7 +80,7 @@ def test_the_report_shows_memory_before_and_after_decisions_and_what_is_skipped(
 model           net
 step            eager on cpu, optimizer sgd
 budget          3.00 GiB
-predicted peak  4.69 GiB -> 2.69 GiB, at the backward
+predicted peak  4.69 GiB -> 2.69 GiB, at the start of backward, in the loss: 3 x [16, 32000] float32 12.00 MiB
 verdict         fits, 320.00 MiB to spare
 approximate     gradients of 96 weights (projection signs, seed 7)
 
@@ -86,6 +94,11 @@ activations      3.00 GiB    1.00 GiB
 temporary           512 B       512 B
 overhead       704.00 MiB  704.00 MiB
 total            4.69 GiB    2.69 GiB
+
+largest at the peak, besides parameters                     bytes
+-------------------------------------------------------  --------
+model.layers.0-31.mlp: linear [2, 8, 4096] bfloat16 x64  8.00 MiB
+loss: log_softmax [16, 32000] float32                    4.00 MiB
 
 where                  input of                shape          dtype     action          saved before      after
 ---------------------  ----------------------  -------------  --------  ------------  --------------  ---------
@@ -137,6 +150,11 @@ def test_a_plan_that_does_not_fit_says_so_with_the_smallest_peak() -> None:
 def test_peaks_at_different_moments_are_both_named() -> None:
     made = plan(decision("h.0", "fc1", size=4), planned=peak(GIB, 0, 0, 0, 0, 0, moment="optimizer step"))
     assert "4.00 GiB, at the backward, -> 1.00 GiB, at the optimizer step" in str(made)
+
+
+def test_one_tensor_at_the_place_of_the_peak_is_not_counted() -> None:
+    planned = replace(peak(GIB, 0, 0, 0, 0, 0), place="forward of head", there=Group("[8] float32", 1, 32))
+    assert "1.00 GiB, at the forward of head: [8] float32 32 B" in str(plan(planned=planned))
 
 
 def test_a_plan_that_fits_says_what_is_left() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import re
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from velora_fx.timeline import CATEGORIES, Timeline
+from velora_fx.timeline import CATEGORIES, Group, Label, Place, Timeline
 
 few = settings(max_examples=200, deadline=None, derandomize=True)
 
@@ -21,11 +25,21 @@ class History:
     events: list[tuple[int, int]]
     categories: dict[int, str]
     marks: list[tuple[int, str]]
+    labels: list[Label]
+    places: list[Place]
 
     @property
     def timeline(self) -> Timeline:
         storages, deltas = zip(*self.events, strict=True)
-        return Timeline(np.array(storages), np.array(deltas), self.categories, tuple(self.marks))
+        return Timeline(
+            np.array(storages), np.array(deltas), self.categories, tuple(self.marks), tuple(self.labels),
+            tuple(self.places),
+        )  # fmt: skip
+
+
+OF_PARAMETERS = ("gradients", "optimizer")
+scopes = st.sampled_from(["head", "h.0.fc", "h.1.fc", "h.2.fc", "backward of h.1.fc"])
+tensors = st.sampled_from(["[4, 8] float32", "[8] float32"])
 
 
 @st.composite
@@ -42,8 +56,16 @@ def histories(draw: st.DrawFn) -> History:
         events.append((storage, size))
         live.append(storage)
     categories = draw(st.dictionaries(st.sampled_from(range(len(sizes))), st.sampled_from(CATEGORIES)))
-    starts = sorted({0, *draw(st.lists(st.integers(0, len(events) - 1), max_size=3))})
-    return History(events, categories, [(start, f"moment {number}") for number, start in enumerate(starts)])
+    starts = st.lists(st.integers(0, len(events) - 1), max_size=3).map(lambda drawn: sorted({0, *drawn}))
+    marks = [(start, f"moment {number}") for number, start in enumerate(draw(starts))]
+    places = [Place(start, f"place {start}", draw(scopes)) for start in draw(starts)]
+    labels = [
+        Label(f"{draw(st.sampled_from(['gradient', 'exp_avg']))} of h.{draw(st.integers(0, 2))}.fc.weight")
+        if categories.get(storage) in OF_PARAMETERS
+        else Label(draw(scopes), draw(st.sampled_from(["mm", "add"])), draw(tensors))
+        for storage in range(len(sizes))
+    ]
+    return History(events, categories, marks, labels, places)
 
 
 def replay(history: History) -> list[dict[int, int]]:
@@ -102,6 +124,106 @@ def test_the_moment_of_the_peak_is_the_last_one_opened_before_it(history):
     first = totals.index(max(totals))
     opened = [(start, name) for start, name in history.marks if start <= first]
     assert history.timeline.peak.moment == max(opened)[1]
+
+
+def at_the_peak(history: History) -> tuple[int, dict[int, int]]:
+    """The event of the peak, and the bytes of what is in use then besides parameters and buffers."""
+    states = replay(history)
+    totals = [sum(live.values()) for live in states]
+    event = totals.index(max(totals))
+    return event, {
+        s: size for s, size in states[event].items() if history.categories.get(s) not in ("parameters", "buffers")
+    }
+
+
+@few
+@given(histories())
+def test_the_largest_groups_at_the_peak_are_a_recount_by_label_without_layer_numbers(history):
+    recounted: dict[str, list[int]] = defaultdict(list)
+    for storage, size in at_the_peak(history)[1].items():
+        label = history.labels[storage]
+        if history.categories.get(storage) in OF_PARAMETERS:
+            recounted[f"{label.where.split()[0]} of parameters"].append(size)
+        else:
+            recounted[re.sub(r"h\.\d", "h.N", str(label))].append(size)
+    largest = [(re.sub(r"h\.[\d,-]+", "h.N", g.label), g.count, g.num_bytes) for g in history.timeline.peak.largest]
+    expected = {name: (len(sizes), sum(sizes)) for name, sizes in recounted.items()}
+    assert all(expected[name] == (count, size) for name, count, size in largest)
+    sizes = sorted((size for _, size in expected.values()), reverse=True)
+    assert [size for _, _, size in largest] == sizes[:5]
+
+
+@few
+@given(histories())
+def test_the_place_of_the_peak_is_the_last_one_opened_before_it_with_the_most_of_its_tensors(history):
+    event, live = at_the_peak(history)
+    place = max(place for place in history.places if place.event <= event)
+    peak = history.timeline.peak
+    assert peak.place == place.name
+    totals: dict[str, int] = defaultdict(int)
+    for storage, size in live.items():
+        if history.labels[storage].where in (place.scope, f"backward of {place.scope}"):
+            totals[history.labels[storage].tensor] += size
+    assert (peak.there is None) == (not totals)
+    if peak.there is not None:
+        assert totals[peak.there.label] == peak.there.num_bytes == max(totals.values())
+
+
+@few
+@given(histories())
+def test_the_curve_is_the_way_to_the_peak(history):
+    """Its highest point is the peak, with the peak's breakdown, wherever the stretches are cut."""
+    peak = history.timeline.peak
+    assert peak.curve is not None
+    totals = [sum(values) for values in zip(*peak.curve.categories.values(), strict=True)]
+    assert max(totals) == peak.peak_bytes
+    at = totals.index(max(totals))
+    assert sum(values[at] for values in peak.curve.categories.values()) == sum(peak.breakdown.values())
+
+
+@few
+@given(histories())
+def test_a_storage_is_born_before_it_dies_and_only_once(history):
+    timeline = history.timeline
+    assert sorted(timeline.births) == sorted({storage for storage, _ in history.events})
+    assert all(timeline.births[storage] < death for storage, death in timeline.deaths.items())
+    assert len(set(timeline.births.values()) | set(timeline.deaths.values())) == len(history.events)
+
+
+def test_what_there_is_for_each_parameter_is_one_group_of_any_shape():
+    names = [f"{kind} of h.{layer}.{leaf}" for kind in ("gradient", "exp_avg") for layer in (0, 1) for leaf in "ab"]
+    step = [Label("optimizer step", "foreach_sqrt", shape) for shape in ("[8] float32", "[9] float32")]
+    timeline = Timeline(
+        np.arange(10), np.arange(1, 11), {n: ("gradients", "optimizer")[n // 4] for n in range(8)},
+        ((0, "optimizer step"),), (*map(Label, names), *step), (Place(0, "optimizer step", "optimizer step"),),
+    )  # fmt: skip
+    assert timeline.peak.largest == (
+        Group("exp_avg of parameters", 4, 5 + 6 + 7 + 8),
+        Group("optimizer step: foreach_sqrt", 2, 9 + 10),
+        Group("gradient of parameters", 4, 1 + 2 + 3 + 4),
+    )
+    assert timeline.peak.there == Group("foreach_sqrt", 2, 9 + 10)
+
+
+def test_layers_that_hold_the_same_are_one_group():
+    labels = [Label(f"h.{layer}.fc", "linear", "[4, 8] float32") for layer in (0, 1, 3)]
+    timeline = Timeline(
+        np.arange(3),
+        np.array([7] * 3),
+        {},
+        ((0, "forward"),),
+        tuple(labels),
+        (Place(0, "forward of h.3.fc", "h.3.fc"),),
+    )
+    assert timeline.peak.largest == (Group("h.0-1,3.fc: linear [4, 8] float32", 3, 21),)
+    assert timeline.peak.there == Group("[4, 8] float32", 1, 7)
+
+
+def test_copies_and_pickles_of_a_peak_leave_the_events_behind():
+    peak = Timeline(np.arange(2), np.array([1, 2]), {}, ((0, "forward"),)).peak
+    assert peak.timeline is not None
+    for copied in (copy.deepcopy(peak), pickle.loads(pickle.dumps(peak))):
+        assert copied == peak and copied.timeline is None
 
 
 def test_terabytes_are_counted_to_the_byte():

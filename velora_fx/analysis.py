@@ -24,7 +24,7 @@ from velora_fx.overhead import overhead_bytes
 from velora_fx.plans import Skipped
 from velora_fx.probe import Findings, Use, probe
 from velora_fx.regions import child_regions, find_regions
-from velora_fx.simulate import default_loss, optimizer_factory, simulate, simulate_forward
+from velora_fx.simulate import default_loss, make_tracker, optimizer_factory, simulate, simulate_forward
 from velora_fx.stand_in import uninstall
 from velora_fx.step_time import StepTimer
 from velora_fx.timeline import Peak, Timeline
@@ -109,10 +109,11 @@ def analyse(
         observer_of: ObserverOf = unobserved,
         compiler_recomputes: bool = False,
     ) -> Timeline:
+        tracker = tracker or make_tracker(fake, device)
         inputs = fake_copy((args, kwargs), mode, device, real="none" if is_compiled else "all")
         if is_compiled:
             compiler = compilers[compiler_recomputes]
-            fake.forward = compiled_forward(fake, *inputs, findings.graphs, compiler, observer_of)
+            fake.forward = compiled_forward(fake, *inputs, findings.graphs, compiler, observer_of, tracker.inside)
         loss_fn = options.loss_fn or default_loss
         return simulate(
             fake, *inputs, make_optimizer=make_optimizer, loss_fn=loss_fn, device=device, timer=timer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -21,6 +22,7 @@ from velora_fx.passes import PREPARE, run
 from velora_fx.passes.cut_at_calls import cut_at_calls
 
 ObserverOf = Callable[[Mapping[int, str]], Observe]
+Inside = Callable[[str], AbstractContextManager[None]]
 
 
 def unobserved(state: Mapping[int, str]) -> Observe:
@@ -30,8 +32,12 @@ def unobserved(state: Mapping[int, str]) -> Observe:
 
 @dataclass(frozen=True)
 class Step:
-    """A graph to run, with the names of its inputs (those of its state first) and outputs among all values."""
+    """A graph to run, with the names of its inputs (those of its state first) and outputs among all values.
 
+    `name` is that of the block it stands for, "" for what the model does between blocks.
+    """
+
+    name: str
     gm: GraphModule
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -53,14 +59,18 @@ class Program:
 class CompiledForward:
     """Takes the place of a model's forward and runs its compiled graphs.
 
-    `observer_of` makes the observer of one graph, given the parameter behind each of its inputs.
+    `observer_of` makes the observer of one graph, given the parameter behind each of its inputs; `inside` the context
+    for one, given the name of its block.
     """
 
-    def __init__(self, model: torch.nn.Module, program: Program, inductor: Inductor, observer_of: ObserverOf) -> None:
+    def __init__(
+        self, model: torch.nn.Module, program: Program, inductor: Inductor, observer_of: ObserverOf, inside: Inside
+    ) -> None:
         self.model = model
         self.program = program
         self.inductor = inductor
         self.observer_of = observer_of
+        self.inside = inside
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         program = self.program
@@ -68,7 +78,8 @@ class CompiledForward:
         values.update(program.constants)
         last = {name: number for number, step in enumerate(program.steps) for name in step.inputs}
         for number, step in enumerate(program.steps):
-            outputs = self.inductor.run(step.gm, [values[n] for n in step.inputs], self.observer_of(step.state))
+            with self.inside(step.name):
+                outputs = self.inductor.run(step.gm, [values[n] for n in step.inputs], self.observer_of(step.state))
             values.update(zip(step.outputs, outputs, strict=True))
             del outputs
             for name in {*step.inputs, *step.outputs}:
@@ -105,6 +116,7 @@ def compiled_forward(
     graphs: Mapping[str, Sequence[Any]],
     inductor: Inductor,
     observer_of: ObserverOf,
+    inside: Inside,
 ) -> CompiledForward:
     """The forward of a fake model for fake inputs as `torch.compile(model)` runs it.
 
@@ -115,7 +127,7 @@ def compiled_forward(
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), kernels_of(inductor.device):
         calls = record(model, args, kwargs, graphs)
         program = _program(model, args, kwargs, calls)
-    return CompiledForward(model, program, inductor, observer_of)
+    return CompiledForward(model, program, inductor, observer_of, inside)
 
 
 def _program(
@@ -136,7 +148,7 @@ def _program(
         if segment.outputs:
             own = segment.gm.meta["state"]
             numbers = {k: own[name] for k, name in enumerate(segment.inputs) if name in own}
-            steps.append(Step(segment.gm, segment.inputs, segment.outputs, numbers))
+            steps.append(Step("", segment.gm, segment.inputs, segment.outputs, numbers))
         if number < len(calls):
             call = calls[number]
             projections = {f"projection_{number}_{k}": v for k, v in enumerate(call.projections)}
@@ -147,7 +159,7 @@ def _program(
                 *projections,
             )
             names_returned = tuple(islice(returned, len(call.outputs)))
-            steps.append(Step(call.gm, inputs, names_returned, dict(enumerate(call.state))))
+            steps.append(Step(call.name, call.gm, inputs, names_returned, dict(enumerate(call.state))))
             cached += names_returned[len(names_returned) - call.num_cached :]
 
     def rebuild(tensors: list[Any]) -> Any:

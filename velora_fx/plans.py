@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from velora_fx.plotting import plot
 from velora_fx.report import render
-from velora_fx.timeline import Curve, Peak
+from velora_fx.timeline import Curve, Group, Peak
 
 SCHEMA = 2
 
@@ -111,7 +111,11 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, in the schema of `tools/plan.py --json`."""
-        return {"schema": SCHEMA, **asdict(self), "fits": self.fits}
+        peaks = {name: replace(getattr(self, name), timeline=None) for name in ("baseline", "planned")}
+        data = asdict(replace(self, **peaks))
+        for name in peaks:
+            del data[name]["timeline"]
+        return {"schema": SCHEMA, **data, "fits": self.fits}
 
     def to_json(self) -> str:
         """The plan as one JSON object; `from_json` reads it back."""
@@ -145,7 +149,9 @@ def _peak(data: Mapping[str, Any]) -> Peak:
     if curve is not None:
         categories = {name: tuple(values) for name, values in curve["categories"].items()}
         curve = Curve(categories, tuple((start, moment) for start, moment in curve["moments"]))
-    return Peak(**{**data, "curve": curve})
+    there = data.get("there")
+    largest = tuple(Group(**group) for group in data.get("largest", ()))
+    return Peak(**{**data, "curve": curve, "there": None if there is None else Group(**there), "largest": largest})
 
 
 class BudgetError(ValueError):

@@ -12,6 +12,7 @@ from tabulate import tabulate
 
 if TYPE_CHECKING:
     from velora_fx.plans import Decision, Exact, Plan
+    from velora_fx.timeline import Group, Peak
 
 # The number of a layer within a dotted name; the letter before it tells it from a decimal fraction.
 LAYER = re.compile(r"(?<=[A-Za-z_]\.)\d+")
@@ -23,15 +24,17 @@ Numbers = tuple[int, ...]
 
 def render(plan: Plan) -> str:
     """The report of a plan: memory before and after, what is compressed, what is skipped and why."""
-    sections = [_header(plan), _memory(plan), _decisions(plan), _recomputed(plan), _summary(plan)]
+    sections = [_header(plan), _memory(plan), _largest(plan), _decisions(plan), _recomputed(plan), _summary(plan)]
     return "\n\n".join(section for section in sections if section)
 
 
 def _header(plan: Plan) -> str:
     after = in_units(plan.planned.peak_bytes)
-    peaks = f"{after}, at the {plan.planned.moment}"
+    there = plan.planned.there
+    peaks = f"{after}, at the {place_of(plan.planned)}{f': {in_use(there)}' if there else ''}"
     if plan.compressed or plan.recomputed:
-        elsewhere = f", at the {plan.baseline.moment}," if plan.baseline.moment != plan.planned.moment else ""
+        before = place_of(plan.baseline)
+        elsewhere = f", at the {before}," if before != place_of(plan.planned) else ""
         peaks = f"{in_units(plan.baseline.peak_bytes)}{elsewhere} -> {peaks}"
     lines = [
         ("model", plan.model),
@@ -72,6 +75,16 @@ def _ratio(plan: Plan, seconds: float) -> str:
     return f"x{seconds / plan.baseline.step_seconds:.2f}" if plan.baseline.step_seconds else "x?"
 
 
+def place_of(peak: Peak) -> str:
+    """Where in the step a peak is, as exactly as the plan tells."""
+    return peak.place or peak.moment
+
+
+def in_use(group: Group) -> str:
+    """A group of tensors as text: "3 x [8192, 32000] float32 2.93 GiB"."""
+    return f"{f'{group.count} x ' if group.count > 1 else ''}{group.label} {in_units(group.num_bytes)}"
+
+
 def _memory(plan: Plan) -> str:
     before, after = plan.baseline, plan.planned
     rows = [(name, size, after.breakdown.get(name, 0)) for name, size in before.breakdown.items()]
@@ -83,6 +96,14 @@ def _memory(plan: Plan) -> str:
     headers = ("at the peak", "before", "after") if is_changed else ("at the peak", "bytes")
     cells = [(name, in_units(old), in_units(new))[:columns] for name, old, new in rows]
     return tabulate(cells, headers, colalign=("left", "right", "right")[:columns], disable_numparse=True)
+
+
+def _largest(plan: Plan) -> str:
+    groups = plan.planned.largest
+    rows = [(f"{group.label} x{group.count}" if group.count > 1 else group.label, group) for group in groups]
+    cells = [(name, in_units(group.num_bytes)) for name, group in rows]
+    headers = ("largest at the peak, besides parameters", "bytes")
+    return tabulate(cells, headers, colalign=("left", "right"), disable_numparse=True) if cells else ""
 
 
 def _decisions(plan: Plan) -> str:

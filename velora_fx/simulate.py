@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import traceback
 from collections import defaultdict
@@ -14,6 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from velora_fx.fake import as_compiled, kernels_of
 from velora_fx.step_time import StepTimer
+from velora_fx.scopes import Scopes
 from velora_fx.timeline import Timeline
 from velora_fx.tracker import Tracker
 
@@ -31,47 +33,65 @@ def simulate(
     device: torch.device,
     timer: StepTimer,
     accumulates: bool = False,
-    tracker: Tracker | None = None,
+    tracker: Tracker,
 ) -> Timeline:
     """Runs forward, loss, backward and optimizer step of a fake model, and returns memory over the step and its time.
 
     The step is one in the middle of training: the optimizer has its state, gradients were set to None before. With
     `accumulates` it is the last of several batches: the gradients of the others are there and are added to.
     """
-    tracker = tracker or Tracker(ALLOCATOR_BLOCK_BYTES.get(device.type, 1))
     optimizer = make_optimizer(model)
     if optimizer is not None:
         _prime(optimizer)
-        for state in optimizer.state.values():
-            for value in state.values():
-                if isinstance(value, torch.Tensor):
-                    tracker.watch(value, "optimizer")
-    for parameter in model.parameters():
-        tracker.watch(parameter, "parameters")
-    for buffer in model.buffers():
-        tracker.watch(buffer, "buffers")
-    for value in [*args, *kwargs.values()]:
+    if accumulates:
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+    _watch_state(model, optimizer, tracker)
+    for name, value in [*((f"input {number}", value) for number, value in enumerate(args)), *kwargs.items()]:
         if isinstance(value, torch.Tensor):
-            tracker.watch(value, "activations")
-    for parameter in model.parameters():
-        if accumulates and parameter.requires_grad:
-            parameter.grad = torch.empty_like(parameter)
-            tracker.watch(parameter.grad, "gradients")
+            tracker.watch(value, "activations", name)
     before, started = set(tracker.live()), timer.seconds
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), timer, tracker, kernels_of(device):
+    scopes = tracker.scopes.on() if tracker.scopes else contextlib.nullcontext()
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), scopes, timer, tracker, kernels_of(device):
         tracker.mark("forward")
         loss = _run_forward(lambda: loss_fn(model(*args, **kwargs)))
+        tracker.name_loss(loss)
         tracker.mark("backward")
         for storage in tracker.live():
             if storage not in before:
                 tracker.categories[storage] = "activations"
         _backward(loss)
-        _label_gradients(model, tracker)
+        _watch_gradients(model, tracker)
         del loss
         tracker.mark("optimizer step")
         if optimizer is not None:
             _optimizer_step(optimizer)
     return replace(tracker.timeline(), seconds=timer.seconds - started)
+
+
+def make_tracker(model: torch.nn.Module, device: torch.device) -> Tracker:
+    """The tracker of a step of this model on a device."""
+    return Tracker(ALLOCATOR_BLOCK_BYTES.get(device.type, 1), Scopes(model))
+
+
+def _watch_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, tracker: Tracker) -> None:
+    """What is there before the step, by name."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for parameter, state in optimizer.state.items() if optimizer is not None else ():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                tracker.watch(value, "optimizer", f"{key} of {names.get(id(parameter), 'a parameter')}")
+    for name, parameter in model.named_parameters():
+        tracker.watch(parameter, "parameters", name)
+    for name, buffer in model.named_buffers():
+        tracker.watch(buffer, "buffers", name)
+    _watch_gradients(model, tracker)
+
+
+def _watch_gradients(model: torch.nn.Module, tracker: Tracker) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            tracker.watch(parameter.grad, "gradients", f"gradient of {name}")
 
 
 def simulate_forward(
@@ -122,12 +142,6 @@ def _backward(loss: torch.Tensor) -> None:
     engine: Any = torch.autograd.Variable._execution_engine
     gradients = (torch.ones_like(loss, memory_format=torch.preserve_format),)
     engine.run_backward((loss,), gradients, False, False, (), allow_unreachable=True, accumulate_grad=True)
-
-
-def _label_gradients(model: torch.nn.Module, tracker: Tracker) -> None:
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            tracker.watch(parameter.grad, "gradients")
 
 
 def default_loss(output: Any) -> torch.Tensor:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from velora_fx.report import LAYER, collapse
+
 CATEGORIES = ("parameters", "buffers", "gradients", "optimizer", "activations", "temporary")
 POINTS = 400
+NUM_LARGEST = 5
 
 
 @dataclass(frozen=True)
@@ -21,11 +25,45 @@ class Curve:
     moments: tuple[tuple[int, str], ...]
 
 
+class Label(NamedTuple):
+    """What a storage is: where it was made or its name, and, if an operator made it, by which and as what tensor.
+
+    "lm_head: linear [4, 2048, 32000] float32", "backward of lm_head: mm [8192, 4096] float32", "gradient of fc.weight".
+    """
+
+    where: str
+    operator: str = ""
+    tensor: str = ""
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, (self.where, f"{self.operator} {self.tensor}".strip())))
+
+
+class Place(NamedTuple):
+    """A stretch of the step in one module: its first event, its name, and the module."""
+
+    event: int
+    name: str
+    scope: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Storages with one label but for the numbers of layers in it: the label, how many there are, and their bytes."""
+
+    label: str
+    count: int
+    num_bytes: int
+
+
 @dataclass(frozen=True)
 class Peak:
     """The highest point of a step: its bytes, the bytes of each category then, and the moment ("backward", ...).
 
-    `curve` is the way there and on, `step_seconds` the predicted time of the whole step.
+    `place` is the moment to the point ("backward of model.layers.31.mlp"), `there` the tensors of one shape that take
+    most of what is in use of that module then; `largest` is what takes most of all, besides parameters and buffers.
+    `curve` is the way there and on, `timeline` all of its events; `step_seconds` is the
+    predicted time of the whole step.
     """
 
     peak_bytes: int
@@ -33,6 +71,14 @@ class Peak:
     moment: str
     curve: Curve | None = None
     step_seconds: float = 0.0
+    place: str = ""
+    there: Group | None = None
+    largest: tuple[Group, ...] = ()
+    timeline: Timeline | None = field(default=None, compare=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles, also those of a model that is optimised, leave the events behind: they can be large."""
+        return {**vars(self), "timeline": None}
 
 
 @dataclass(frozen=True)
@@ -40,14 +86,17 @@ class Timeline:
     """Births and deaths of storages in time order.
 
     `storages[i]` is born by the first event i that names it, with `deltas[i]` bytes, and freed by the second.
-    `categories` gives each storage's category; `marks` the first event of each moment of the step, in order;
-    `seconds` the predicted time of the step.
+    `categories` gives each storage's category, `labels` what it is in words; `marks` the first event of each moment of
+    the step, `places` that of each stretch in one module, in order. `seconds` is the
+    predicted time of the step.
     """
 
     storages: NDArray[np.int64]
     deltas: NDArray[np.int64]
     categories: Mapping[int, str]
     marks: tuple[tuple[int, str], ...]
+    labels: tuple[Label, ...] = ()
+    places: tuple[Place, ...] = ()
     seconds: float = 0.0
 
     @cached_property
@@ -72,11 +121,41 @@ class Timeline:
     def peak(self) -> Peak:
         """The highest point of the step."""
         event = int(np.argmax(self.live_bytes))
+        live = self.live(event)
         breakdown = dict.fromkeys(CATEGORIES, 0)
-        for storage, delta in zip(self.storages[: event + 1].tolist(), self.deltas[: event + 1].tolist(), strict=True):
-            breakdown[self.categories.get(storage, "temporary")] += delta
+        for storage, size in live.items():
+            breakdown[self.category(storage)] += size
         moment = [name for start, name in self.marks if start <= event][-1]
-        return Peak(int(self.live_bytes[event]), breakdown, moment, self.curve, self.seconds)
+        peak = Peak(int(self.live_bytes[event]), breakdown, moment, self.curve, self.seconds, moment, timeline=self)
+        if not self.labels:
+            return peak
+        others = {s: size for s, size in live.items() if self.category(s) not in ("parameters", "buffers")}
+        place = [place for place in self.places if place.event <= event][-1]
+        there = (place.scope, f"backward of {place.scope}")
+        own = [(self._kind(s, True), size) for s, size in others.items() if self.labels[s].where in there]
+        largest = _groups((self._kind(s), size) for s, size in others.items())[:NUM_LARGEST]
+        return replace(peak, place=place.name, there=next(iter(_groups(own)), None), largest=largest)
+
+    def _kind(self, storage: int, is_place_known: bool = False) -> str:
+        """What a storage has in common with others; what there is for each parameter counts as one, of any shape."""
+        where, operator, tensor = self.labels[storage]
+        if self.category(storage) in ("gradients", "optimizer"):
+            return f"{where.partition(' of ')[0]} of parameters"
+        if where == "optimizer step":
+            return operator if is_place_known else f"{where}: {operator}"
+        return tensor if is_place_known else str(self.labels[storage])
+
+    def live(self, event: int) -> dict[int, int]:
+        """The storages in use after an event, with their bytes."""
+        found: dict[int, int] = {}
+        for storage, delta in zip(self.storages[: event + 1].tolist(), self.deltas[: event + 1].tolist(), strict=True):
+            if found.pop(storage, None) is None:
+                found[storage] = delta
+        return found
+
+    def category(self, storage: int) -> str:
+        """The category of a storage, "temporary" for one that was given none."""
+        return self.categories.get(storage, "temporary")
 
     def bytes_at_start_of(self, moment: str) -> int:
         """Bytes in use when a moment begins."""
@@ -90,10 +169,26 @@ class Timeline:
         starts = np.unique(np.linspace(first, len(self.deltas), POINTS, endpoint=False).astype(int))
         stretches = zip(starts, [*starts[1:], len(self.deltas)], strict=True)
         shown = [int(start + np.argmax(self.live_bytes[start:end])) for start, end in stretches]
-        own = np.array([CATEGORIES.index(self.categories.get(s, "temporary")) for s in self.storages.tolist()])
+        own = np.array([CATEGORIES.index(self.category(s)) for s in self.storages.tolist()])
         categories = {
             name: tuple(np.cumsum(np.where(own == index, self.deltas, 0))[shown].tolist())
             for index, name in enumerate(CATEGORIES)
         }
         moments = tuple((int(np.searchsorted(starts, start)), name) for start, name in self.marks)
         return Curve(categories, moments)
+
+
+def _groups(labelled: Iterable[tuple[str, int]]) -> tuple[Group, ...]:
+    """Labels with bytes, those that differ only in the numbers of layers together, the largest first."""
+    found: dict[tuple[str, ...], list[tuple[str, int]]] = {}
+    for label, size in labelled:
+        found.setdefault(tuple(LAYER.split(label)), []).append((label, size))
+    groups = [
+        Group(
+            ", ".join(text for text, _ in collapse(label for label, _ in same)),
+            len(same),
+            sum(size for _, size in same),
+        )
+        for same in found.values()
+    ]
+    return tuple(sorted(groups, key=lambda group: -group.num_bytes))
