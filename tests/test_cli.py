@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -167,6 +168,26 @@ def test_a_plot_is_written_beside_the_report_also_of_a_plan_that_does_not_fit(
         assert main([*llama, "--budget-gb", budget, "--plot", str(picture)]) == code
         assert picture.read_bytes().startswith(b"\x89PNG")
         assert "predicted peak" in capsys.readouterr().out
+
+
+def test_a_snapshot_is_written_beside_the_report_also_of_a_plan_that_does_not_fit(
+    llama: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "plan.pickle"
+    for budget, code in ((TIGHT, 0), (TOO_LITTLE, 1)):
+        assert main([*llama, "--budget-gb", budget, "--snapshot", str(path)]) == code
+        assert "at the peak" in capsys.readouterr().out
+        names = {event["frames"][0]["name"] for event in pickle.loads(path.read_bytes())["device_traces"][0][:-1]}
+        assert {"lm_head.weight", "lm_head: linear [8, 32, 96] float32", "input_ids"} <= names
+        path.unlink()
+
+
+def test_a_snapshot_that_cannot_be_written_is_bad_input(
+    llama: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*llama, "--budget-gb", ENOUGH, "--snapshot", str(tmp_path / "missing" / "plan.pickle")]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "missing" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("path", ["plan.gif", "no/such/folder/plan.svg"])

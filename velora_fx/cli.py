@@ -50,6 +50,9 @@ examples:
   A picture of the step, untouched and planned.
     velora-plan --model llama-7b --batch-size 4 --seq-len 2048 --optimizer sgd --budget-gb 56 --plot plan.svg
 
+  The same step, allocation by allocation: open the file on https://pytorch.org/memory_viz.
+    velora-plan --model llama-7b --batch-size 4 --seq-len 2048 --optimizer sgd --budget-gb 56 --snapshot plan.pickle
+
   A model of your own, in float32 on CPU.
     velora-plan --model my_package.models:make_classifier --dtype float32 --device cpu --budget-gb 2
 
@@ -79,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.plot is not None:
             plan.plot(arguments.plot)
+        if arguments.snapshot is not None:
+            plan.snapshot(arguments.snapshot)
     except (ValueError, ImportError, OSError) as error:
         return _complain(error, BAD_INPUT)
     print(plan.to_json() if arguments.json else plan)
@@ -125,6 +130,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="seed of the projections (default: 0)")
     add("--json", action="store_true", help="print the plan as one JSON object instead of the report")
     add("--plot", metavar="FILE", help="draw memory over the step, as a .svg, .png or .pdf file (needs matplotlib)")
+    add("--snapshot", metavar="FILE", help="write every allocation of the planned step, for pytorch.org/memory_viz")
     return made
 
 

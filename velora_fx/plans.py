@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from velora_fx.plotting import plot
 from velora_fx.report import render
+from velora_fx.snapshot import write_snapshot
 from velora_fx.timeline import Curve, Group, Peak
 
 SCHEMA = 2
@@ -108,6 +109,19 @@ class Plan:
     def plot(self, path: str | Path) -> None:
         """Draws memory over the step, before and after, as a .svg, .png or .pdf file; needs matplotlib."""
         plot(self, path)
+
+    def snapshot(self, path: str | Path) -> None:
+        """Writes the planned step, allocation by allocation, as a pickle that https://pytorch.org/memory_viz opens.
+
+        Tensors have the names of their modules. Raises ValueError for a plan without events: they do not survive JSON,
+        copies and pickles.
+        """
+        if self.planned.timeline is None:
+            raise ValueError(
+                "the plan has no events: it was copied, or read from JSON or a pickle, which hold its figures alone; "
+                "make it again with velora_fx.plan"
+            )
+        write_snapshot(self.planned.timeline, path)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, in the schema of `tools/plan.py --json`."""
