@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import velora_fx
 from tests.gradients import tightest
 from tests.toys import rows, stack
+from velora_fx.report import in_units
 from velora_fx.timeline import CATEGORIES
 
 pytest.importorskip("matplotlib")
@@ -56,6 +58,16 @@ def test_curves_survive_json(compressed: velora_fx.Plan) -> None:
     assert velora_fx.Plan.from_json(compressed.to_json()) == compressed
 
 
+def test_a_plan_written_without_places_and_groups_still_loads(compressed: velora_fx.Plan) -> None:
+    data = compressed.to_dict()
+    for peak in (data["baseline"], data["planned"]):
+        for name in ("place", "there", "largest"):
+            del peak[name]
+    loaded = velora_fx.Plan.from_dict(data)
+    assert loaded.decisions == compressed.decisions
+    assert f"at the {compressed.planned.moment}" in str(loaded) and "largest at the peak" not in str(loaded)
+
+
 @pytest.mark.parametrize(("ending", "start"), [("svg", b"<?xml"), ("png", b"\x89PNG"), ("pdf", b"%PDF")])
 def test_every_format_is_written(compressed: velora_fx.Plan, tmp_path: Path, ending: str, start: bytes) -> None:
     compressed.plot(tmp_path / f"plan.{ending}")
@@ -65,8 +77,35 @@ def test_every_format_is_written(compressed: velora_fx.Plan, tmp_path: Path, end
 def test_a_plan_that_compresses_shows_both_steps_and_the_budget(compressed: velora_fx.Plan, tmp_path: Path) -> None:
     compressed.plot(tmp_path / "plan.svg")
     shown = texts(tmp_path / "plan.svg")
-    for text in ("untouched: peak", "planned: peak", "budget", "activations", "memory in use, MiB"):
+    for text in ("untouched: peak", "planned: peak", "budget", "activations", "memory in use, KiB"):
         assert text in shown
+
+
+def test_the_peak_is_marked_with_its_place_and_what_that_place_holds(
+    compressed: velora_fx.Plan, tmp_path: Path
+) -> None:
+    compressed.plot(tmp_path / "plan.svg")
+    shown = texts(tmp_path / "plan.svg")
+    for peak in (compressed.baseline, compressed.planned):
+        assert peak.place.startswith("backward of blocks.") and peak.there is not None
+        assert peak.place in shown and f"{peak.there.label} {in_units(peak.there.num_bytes)}" in shown
+
+
+def test_a_place_with_a_long_name_is_shortened_to_its_end(compressed: velora_fx.Plan, tmp_path: Path) -> None:
+    name = ".".join(["transformer"] * 9)
+    planned = replace(compressed.planned, place=f"backward of {name}.attention.output.dense")
+    replace(compressed, planned=planned).plot(tmp_path / "plan.svg")
+    (shown,) = re.findall(r"backward of \.\.\.\S+", texts(tmp_path / "plan.svg"))
+    assert shown.endswith("transformer.attention.output.dense") and len(shown) <= 54
+
+
+def test_a_budget_far_above_the_step_is_a_number_only(untouched: velora_fx.Plan, tmp_path: Path) -> None:
+    untouched.plot(tmp_path / "plan.svg")
+    shown = texts(tmp_path / "plan.svg")
+    assert "1.00 GiB, \n far above" in shown and "memory in use, KiB" in shown
+    near = replace(untouched, budget_bytes=int(1.1 * untouched.planned.peak_bytes))
+    near.plot(tmp_path / "plan.svg")
+    assert "far above" not in texts(tmp_path / "plan.svg")
 
 
 def test_a_plan_that_compresses_nothing_shows_one_step(untouched: velora_fx.Plan, tmp_path: Path) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from velora_fx.report import UNITS, in_units, in_use, place_of
 from velora_fx.timeline import Peak
 
 if TYPE_CHECKING:
     from velora_fx.plans import Plan
 
-GIB, MIB = 2**30, 2**20
 COLORS = ("#4c72b0", "#8c8c8c", "#c44e52", "#8172b3", "#dd8452", "#f0c05a")  # one for each category
+LONGEST_PLACE = 54  # characters that fit beside a peak
 
 
 def plot(plan: Plan, path: str | Path) -> None:
@@ -29,17 +30,21 @@ def plot(plan: Plan, path: str | Path) -> None:
     if ending not in (".svg", ".png", ".pdf"):
         raise ValueError(f"a plot is a .svg, .png or .pdf file, got {str(path)!r}")
     sides = [("untouched", plan.baseline), ("planned", plan.planned)][: 2 if plan.compressed else 1]
-    highest = max(plan.budget_bytes or 0, *(peak.peak_bytes for _, peak in sides))
-    unit, name = (GIB, "GiB") if highest >= GIB else (MIB, "MiB")
+    highest = max(peak.peak_bytes for _, peak in sides)
+    unit, name = next((pair for pair in UNITS if highest >= pair[0]), (1, "B"))
+    if plan.budget_bytes is not None and highest < plan.budget_bytes < 1.5 * highest:
+        highest = plan.budget_bytes  # one far above would press the picture down: the legend has its number
     figure = Figure(figsize=(5.2 * len(sides) + 1.6, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     panels: Any = figure.subplots(1, len(sides), sharey=True, squeeze=False)[0]
     for axes, (title, peak) in zip(panels, sides, strict=True):
         _draw(axes, peak, plan.overhead_bytes, unit)
-        axes.set_title(f"{title}: peak {peak.peak_bytes / unit:.2f} {name}, at the {peak.moment}", fontsize=10)
-        axes.set_ylim(0, 1.12 * highest / unit)
+        axes.set_title(f"{title}: peak {in_units(peak.peak_bytes)}", fontsize=10)
+        axes.set_ylim(0, 1.25 * highest / unit)
         if plan.budget_bytes is not None:
-            axes.axhline(plan.budget_bytes / unit, color="black", linestyle="--", linewidth=1, label="budget")
+            above = "" if plan.budget_bytes < 1.25 * highest else ",\nfar above"
+            label = f"budget\n{in_units(plan.budget_bytes)}{above}"
+            axes.axhline(plan.budget_bytes / unit, color="black", linestyle="--", linewidth=1, label=label)
     panels[0].set_ylabel(f"memory in use, {name}")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False, fontsize=9)
@@ -76,3 +81,26 @@ def _draw(axes: Any, peak: Peak, overhead_bytes: int, unit: int) -> None:
         axes.axvline(start, color="black", linewidth=0.5, alpha=0.5)
     axes.set_xlim(0, len(bands[0][1]) - 1)
     axes.set_xlabel("allocations and frees, in order")
+    totals = [sum(values) for values in zip(*(values for _, values in bands), strict=True)]
+    _mark(axes, peak, totals.index(max(totals)), len(totals), unit)
+
+
+def _mark(axes: Any, peak: Peak, at: int, num_points: int, unit: int) -> None:
+    """Marks the peak, with where in the step it is and what that place holds, to the side that has room."""
+    place = place_of(peak)
+    if len(place) > LONGEST_PLACE:
+        place = f"{place.partition(' of ')[0]} of ...{place[-LONGEST_PLACE + 20 :]}"
+    side, shift = (("left", 6), ("center", 0), ("right", -6))[3 * at // num_points]
+    axes.annotate(
+        f"{place}\n{in_use(peak.there)}" if peak.there else place,
+        (at, peak.peak_bytes / unit),
+        xytext=(shift, 10),
+        textcoords="offset points",
+        ha=side,
+        va="bottom",
+        fontsize=8,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8},
+    )
+    axes.plot(
+        at, peak.peak_bytes / unit, marker=7, markersize=6, color="black", clip_on=False
+    )  # a caret that points down
