@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-
 aten = torch.ops.aten
 # Operators that write the running statistics they are given, which their schemas do not say.
 HIDDEN_WRITES = (aten.batch_norm.default, aten.instance_norm.default, aten.native_batch_norm.default)

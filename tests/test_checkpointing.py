@@ -55,7 +55,7 @@ def test_what_is_cheap_is_recomputed_first() -> None:
     generous, tight = (exactly(llama().train(), batch_of(model), share) for share in (0.9, 0.0))
     assert {block.recompute for block in generous.recomputed} == {"pointwise"}
     assert {block.recompute for block in tight.recomputed} == {"all"}
-    assert 1 < generous.planned.step_seconds / generous.baseline.step_seconds
+    assert generous.planned.step_seconds / generous.baseline.step_seconds > 1
     assert generous.planned.step_seconds < tight.planned.step_seconds
 
 

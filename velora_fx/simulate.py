@@ -14,8 +14,8 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from velora_fx.fake import as_compiled, kernels_of
-from velora_fx.step_time import StepTimer
 from velora_fx.scopes import Scopes
+from velora_fx.step_time import StepTimer
 from velora_fx.timeline import Timeline
 from velora_fx.tracker import Tracker
 
