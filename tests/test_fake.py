@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from tests.allocator import peak_of
 from tests.zoo import ZOO
 from velora_fx.fake import fake_copy, fake_mode, fake_tensor, kernels_of
+from velora_fx.tracker import Tracker
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 few = settings(max_examples=60, deadline=None, derandomize=True)
@@ -213,6 +214,29 @@ def test_a_real_grouped_product_is_left_alone():
     with kernels_of(CPU):
         inside = torch._grouped_mm(a, b, OFFSETS)
     assert torch.equal(inside, torch._grouped_mm(a, b, OFFSETS))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded"])
+def test_a_fake_layer_norm_gives_the_strides_and_takes_the_memory_of_the_real_one(layout):
+    x = torch.zeros(32, 64, 256) if layout == "contiguous" else torch.zeros(64, 32, 256).transpose(0, 1)
+    gradient = torch.ones(32, 1, 256).expand(32, 64, 256) if layout == "expanded" else torch.ones_like(x)
+    norm, mode, strides = nn.LayerNorm(256), fake_mode(), []
+
+    def step(inputs: list[Tensor]) -> None:
+        x = inputs[0].requires_grad_()
+        y = F.layer_norm(x, (256,), *inputs[2:])
+        (dx,) = torch.autograd.grad(y, [x], inputs[1])
+        strides.append((y.stride(), dx.stride()))
+
+    inputs = [x, gradient, norm.weight, norm.bias]
+    real_bytes = peak_of(lambda: step(inputs))
+    fakes, tracker = fake_copy(inputs, mode), Tracker()
+    held = sum(tracker.deltas[tracker.watch(tensor)] for tensor in fakes)
+    with tracker, kernels_of(CPU):
+        step(fakes)
+    assert strides[0] == strides[1]
+    buffers = 64 * 1024  # of the real kernel's threads
+    assert real_bytes - buffers <= int(tracker.timeline().live_bytes.max()) - held <= real_bytes
 
 
 def attention_inputs(dtype: torch.dtype = torch.float32, kv_heads: int = 4, key_length: int = 6) -> list[Tensor]:

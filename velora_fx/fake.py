@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 Value = TypeVar("Value")
 Real = Literal["none", "integers", "all"]
+LAYER_NORMS = (torch.ops.aten.native_layer_norm.default, torch.ops.aten.native_layer_norm_backward.default)
 
 
 def fake_mode() -> FakeTensorMode:
@@ -89,10 +90,11 @@ def _tensors_inside(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors_inside(item)
 
 
-class GroupedProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Lets fake grouped products (mixtures of experts) take the dtypes that the real kernels take.
+class RealKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Lets fake operators do what the real kernels do and their shape functions do not.
 
-    The shape function of `aten._grouped_mm` refuses all but bfloat16.
+    `aten._grouped_mm` (mixtures of experts) takes all dtypes, and layer norms and their gradients are made from
+    contiguous copies and are contiguous.
     """
 
     supports_higher_order_operators = True
@@ -107,6 +109,8 @@ class GroupedProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 groups = a if a.dim() == 3 else args[2] if len(args) > 2 else (kwargs or {})["offs"]
                 shape.insert(0, groups.shape[0])
             return a.new_empty(shape)
+        if func in LAYER_NORMS:
+            args = tuple(a.contiguous() if isinstance(a, FakeTensor) and a.dim() else a for a in args)
         return func(*args, **(kwargs or {}))
 
 
@@ -154,8 +158,8 @@ def _fused_attention(
 def kernels_of(device: torch.device) -> Iterator[None]:
     """The context in which fake operators behave as the kernels of `device` do."""
     fused = device.type == "cuda" and not torch.cuda.is_available()
-    grouped = GroupedProducts()  # type: ignore[no-untyped-call]
-    with grouped, FusedAttention() if fused else contextlib.nullcontext():
+    kernels = RealKernels()  # type: ignore[no-untyped-call]
+    with kernels, FusedAttention() if fused else contextlib.nullcontext():
         yield
 
 
