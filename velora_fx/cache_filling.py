@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 from torch.utils import _pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from velora_fx.attributes import own_forward
 from velora_fx.capture import fakes_of, isolated, plain_graph_module, state_of
@@ -29,7 +30,9 @@ def filling_graph(
     class Shim(torch.nn.Module):
         def forward(self, ts: list[torch.Tensor]) -> list[Any]:
             given = iter(ts[len(state) :])
-            filled = [next(given) if isinstance(leaf, torch.Tensor) else copy.deepcopy(leaf) for leaf in leaves]
+            with _disable_current_modes():  # a cache may hold tensors, of which tracing would lose track
+                copies = [leaf if isinstance(leaf, torch.Tensor) else copy.deepcopy(leaf) for leaf in leaves]
+            filled = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in copies]
             call_args, call_kwargs = _pytree.tree_unflatten(filled, spec)
             output = torch.func.functional_call(block, dict(zip(state, ts, strict=False)), call_args, call_kwargs)
             held = [t for leaf in filled if not isinstance(leaf, torch.Tensor) for t in _tensors_of(leaf)]

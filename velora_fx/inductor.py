@@ -81,6 +81,7 @@ def _compile(gm: GraphModule, inputs: Sequence[torch.Tensor], timer: StepTimer, 
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     mode = next(tensor.fake_mode for tensor in inputs if isinstance(tensor, FakeTensor))
+    num_constants = len(list(gm.parameters())) + len(list(gm.buffers()))  # inputs of the compiled graph before `inputs`
     kept: dict[str, Kept] = {}
     observe: list[Observe] = []
 
@@ -88,7 +89,7 @@ def _compile(gm: GraphModule, inputs: Sequence[torch.Tensor], timer: StepTimer, 
         returned: Any = graph.graph.output_node().args[0]
         names = [str(node) for node in returned]
         if options.get("is_backward"):
-            kept.update(kept_for_backward(graph))
+            kept.update(kept_for_backward(graph, num_constants))
         kernels: list[int] = []
         with _without_kernels(), config.patch(_post_fusion_custom_pass=partial(_note_kernels, kernels)):
             code: Any = compile_fx_inner(graph, example_inputs, **options)
