@@ -39,10 +39,13 @@ class Instance:
         return highest
 
     def in_order(self, levels: Levels) -> bool:
-        """Items of one group, in the order given, are compressed less and less."""
+        """Items of one group, in the order given, are compressed less and less; those that are covered count as most."""
         groups: dict[object, list[int]] = {}
         for item, level in zip(self.items, levels, strict=True):
-            groups.setdefault(item.group, []).append(level)
+            is_covered = item.covered_by is not None and levels[item.covered_by] > 0
+            if is_covered and level:
+                return False
+            groups.setdefault(item.group, []).append(len(item.savings) if is_covered else level)
         return all(earlier >= later for group in groups.values() for earlier, later in itertools.pairwise(group))
 
     def allowed(self, levels: Levels) -> bool:
@@ -87,6 +90,38 @@ def instances(draw: st.DrawFn, unit: int = 1) -> Instance:
         levels = tuple(draw(st.integers(0, len(item.savings))) for item in items)
         instance = Instance(items, tuple(moments), instance.peak(levels) + draw(st.integers(-1, 0)))
     return instance
+
+
+@st.composite
+def covered_instances(draw: st.DrawFn) -> Instance:
+    """One or two items in each of two blocks, which cover them; all are alive at the first moment."""
+    sizes = [growing(draw, draw(st.integers(1, 2)), 20) for _ in range(draw(st.integers(1, 2)))]
+    prices = [tuple(map(float, growing(draw, len(savings), 30))) for savings in sizes]
+    count = draw(st.integers(1, 2))
+    items = [
+        Item(f"group {kind}", savings, price, covered_by=count * len(sizes) + block)
+        for kind, (savings, price) in enumerate(zip(sizes, prices, strict=True))
+        for block in range(count)
+    ]
+    freed = growing(draw, draw(st.integers(1, 2)), 40)
+    seconds = tuple(map(float, growing(draw, len(freed), 30)))
+    items += [Item("blocks", freed, seconds) for _ in range(count)]
+    moments = [Moment(draw(st.integers(80, 200)), tuple((index, 1) for index in range(len(items))))]
+    for _ in range(draw(st.integers(0, 3))):
+        alive = sorted(draw(st.lists(st.integers(0, len(items) - 1), unique=True)))
+        moments.append(Moment(draw(st.integers(0, 200)), tuple((index, 1) for index in alive)))
+    return Instance(tuple(items), tuple(moments), draw(st.integers(0, 200)))
+
+
+@few
+@given(covered_instances())
+def test_with_items_that_cover_others_no_choice_costs_less(instance):
+    levels = instance.solved()
+    costs = [instance.cost(allowed) for allowed in instance.all_allowed()]
+    assert (levels is None) == (not costs)
+    if levels is not None:
+        assert instance.allowed(levels)
+        assert instance.cost(levels) <= min(costs) * (1 + GAP) + 1e-9
 
 
 @few

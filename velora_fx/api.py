@@ -16,7 +16,7 @@ from velora_fx.checkpointing import Checkpointed, install_checkpointing
 from velora_fx.first_forward import STATE, FirstForward, Request
 from velora_fx.installing import install
 from velora_fx.options import Options, budget_bytes_of, planning_device
-from velora_fx.planning import actions_of, make_plan
+from velora_fx.planning import Planner, actions_of
 from velora_fx.plans import Plan
 from velora_fx.progress import planning_progress
 from velora_fx.region import Region
@@ -134,7 +134,7 @@ def plan(
     args, kwargs = _checked_call(model, example_inputs)
     with planning_progress() as progress:
         analysis = analyse(model, args, kwargs, options, where, progress)
-        return make_plan(analysis, budget_bytes, type(model).__name__, options, where)[0]
+        return Planner(analysis, type(model).__name__, options, where).plan(budget_bytes)[0]
 
 
 def plan_of(model: torch.nn.Module) -> Plan:
@@ -195,7 +195,8 @@ def apply(model: torch.nn.Module, request: Request, args: tuple[Any, ...], kwarg
             made, actions = request.plan, actions_of(request.plan, analysis)
             options = replace(options, projection=made.projection, seed=made.seed)
         else:
-            made, actions = make_plan(analysis, request.budget_bytes, type(model).__name__, options, request.device)
+            planner = Planner(analysis, type(model).__name__, options, request.device)
+            made, actions = planner.plan(request.budget_bytes)
     restore(model)
     regions = install(model, analysis.region_plans(actions.sizes), options.seed)
     checkpointed = install_checkpointing(model, actions.recomputed)

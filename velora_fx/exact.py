@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
 from velora_fx.analysis import Actions, Analysis
 from velora_fx.plans import Exact
 from velora_fx.search import Search
+from velora_fx.timeline import Peak
 
 
-def exact_alternative(analysis: Analysis, budget_bytes: int) -> Exact | None:
-    """The fastest exact step within the budget, or the smallest there is; None for a model without blocks to recompute.
+@dataclass(frozen=True)
+class ExactRivals:
+    """The exact ways to less memory of a model that was analysed."""
 
-    Compiled, the compiler's own recompute is tried first: it is not offered by any public option, and it is the
-    smaller change.
-    """
-    if analysis.is_compiled:
-        peak = analysis.peak(Actions(), compiler_recomputes=True)
-        if peak.peak_bytes <= budget_bytes:
-            return Exact("compiler", True, peak.peak_bytes, peak.step_seconds)
-    if not analysis.blocks:
-        return None
-    _, peak = Search(analysis, compresses=False, recomputes=True).within(budget_bytes)
-    return Exact("checkpointing", peak.peak_bytes <= budget_bytes, peak.peak_bytes, peak.step_seconds)
+    analysis: Analysis
+
+    def within(self, budget_bytes: int) -> Exact | None:
+        """The fastest exact step within the budget, or the smallest there is; None without blocks to recompute.
+
+        Compiled, the compiler's own recompute comes first: it takes the least time.
+        """
+        if self.compiler is not None and self.compiler.peak_bytes <= budget_bytes:
+            return Exact("compiler", True, self.compiler.peak_bytes, self.compiler.step_seconds)
+        if not self.analysis.blocks:
+            return None
+        _, peak = self.checkpointing.within(budget_bytes)
+        return Exact("checkpointing", peak.peak_bytes <= budget_bytes, peak.peak_bytes, peak.step_seconds)
+
+    @cached_property
+    def compiler(self) -> Peak | None:
+        """The peak of the untouched model under a compiler that is told to recompute; None for an eager step."""
+        return self.analysis.peak(Actions(), compiler_recomputes=True) if self.analysis.is_compiled else None
+
+    @cached_property
+    def checkpointing(self) -> Search:
+        """The search among checkpointed blocks."""
+        return Search(self.analysis, compresses=False, recomputes=True)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
 from velora_fx.analysis import Actions, Analysis
 from velora_fx.candidates import Candidate
 from velora_fx.devices import device_rates
-from velora_fx.exact import exact_alternative
+from velora_fx.exact import ExactRivals
 from velora_fx.options import Options
 from velora_fx.plans import BudgetError, Decision, Exact, Plan, Recomputed
 from velora_fx.projection import without_wrappers
@@ -19,23 +20,40 @@ from velora_fx.search import Search
 from velora_fx.timeline import Peak
 
 
-def make_plan(
-    analysis: Analysis, budget_bytes: int | None, name: str, options: Options, device: torch.device
-) -> tuple[Plan, Actions]:
-    """The plan of least approximation within the budget, checked by a simulation of the planned step.
+@dataclass(frozen=True)
+class Planner:
+    """Makes plans for a model that was analysed, as many as there are budgets."""
 
-    With no budget nothing is done. Raises BudgetError, with the tightest plan there is, if no plan fits.
-    """
-    actions, planned, exact = Actions(), analysis.baseline, None
-    if budget_bytes is not None:
-        search = Search(analysis, not options.exact_only, options.exact_only or options.recompute)
-        actions, planned = search.within(budget_bytes)
-        if actions.sizes:
-            exact = exact_alternative(analysis, budget_bytes)
-    plan = write_plan(analysis, actions, planned, exact, budget_bytes, name, options, device)
-    if not plan.fits:
-        raise BudgetError(_unreachable(plan), plan)
-    return plan, actions
+    analysis: Analysis
+    name: str
+    options: Options
+    device: torch.device
+
+    def plan(self, budget_bytes: int | None) -> tuple[Plan, Actions]:
+        """The plan of least approximation within the budget, checked by a simulation of the planned step.
+
+        With no budget nothing is done. Raises BudgetError, with the tightest plan there is, if no plan fits.
+        """
+        actions, planned, exact = Actions(), self.analysis.baseline, None
+        if budget_bytes is not None:
+            actions, planned = self.search.within(budget_bytes)
+            if actions.sizes:
+                exact = self.rivals.within(budget_bytes)
+        plan = write_plan(self.analysis, actions, planned, exact, budget_bytes, self.name, self.options, self.device)
+        if not plan.fits:
+            raise BudgetError(_unreachable(plan), plan)
+        return plan, actions
+
+    @cached_property
+    def search(self) -> Search:
+        """The search among the actions that are allowed."""
+        options = self.options
+        return Search(self.analysis, not options.exact_only, options.exact_only or options.recompute)
+
+    @cached_property
+    def rivals(self) -> ExactRivals:
+        """What is compared with."""
+        return ExactRivals(self.analysis)
 
 
 def actions_of(plan: Plan, analysis: Analysis) -> Actions:

@@ -47,9 +47,8 @@ def choose(items: Sequence[Item], moments: Sequence[Moment], budget_bytes: int) 
     A 0-1 program for HiGHS: variable (i, l) is 1 where item i is compressed at least to level l + 1. The least cost
     is met within a relative gap of 1e-4, the budget to the byte.
     """
-    highest = _highest(items)
-    alone = all(item.covered_by is None for item in items)
-    if alone and any(moment.bytes_at(items, highest) > budget_bytes for moment in moments):
+    everything = [len(item.savings) for item in items]
+    if any(moment.bytes_at(items, everything) > budget_bytes for moment in moments):
         return None
     binding = [moment for moment in _undominated(moments) if moment.peak_bytes > budget_bytes]
     if not binding:
@@ -69,6 +68,7 @@ def choose(items: Sequence[Item], moments: Sequence[Moment], budget_bytes: int) 
         for row in over:
             more = [(column, 1.0) for column, saving in row if saving > 0 and not chosen[column]]
             constraints.append(LinearConstraint(_matrix([more], int(starts[-1])), 1, np.inf))
+    highest = _highest(items)
     fits = all(moment.bytes_at(items, highest) <= budget_bytes for moment in binding)
     return _trimmed(items, binding, budget_bytes, highest) if fits else None
 
