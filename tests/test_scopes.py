@@ -107,10 +107,30 @@ def test_what_a_checkpoint_computes_again_is_of_its_module_in_backward() -> None
     assert "backward of inner.1: tanh [4, 7] float32" not in labels(timeline_of(Widths(), torch.zeros(4, 3)))
 
 
-def test_gradients_that_are_added_up_are_of_the_module_of_their_weight() -> None:
-    timeline = timeline_of(Widths(), torch.zeros(4, 3), accumulates=True)
-    assert labels(timeline)[4:8] == [f"gradient of {name}.weight" for name in ("first", "inner.0", "inner.2", "head")]
-    assert "backward of inner.2" in {place.name for place in timeline.places}
+class Sum(nn.Module):
+    """Adds two weights: autograd gives both the same gradient, and the nodes that store it make copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 5), nn.Linear(3, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.first.weight + self.second.weight).sum() * x
+
+
+def test_gradients_that_are_copied_are_of_the_module_of_their_weight() -> None:
+    timeline = timeline_of(Sum(), torch.zeros(()))
+    places = {
+        str(label): [place.name for place in timeline.places if place.event <= timeline.births[storage]][-1]
+        for storage, label in enumerate(timeline.labels)
+    }
+    assert places["gradient of first.weight"] == "backward of first"
+    assert places["gradient of second.weight"] == "backward of second"
+
+
+def test_gradients_of_other_batches_are_named_before_the_step() -> None:
+    made = labels(timeline_of(Widths(), torch.zeros(4, 3), accumulates=True))
+    assert made[4:8] == [f"gradient of {name}.weight" for name in ("first", "inner.0", "inner.2", "head")]
 
 
 class WithLoss(nn.Module):

@@ -16,7 +16,7 @@ import velora_fx
 from tests.gradients import tightest
 from tests.test_timeline import few, histories, replay
 from tests.toys import rows, stack
-from velora_fx.snapshot import snapshot_of
+from velora_fx.snapshot import BASE_ADDRESS, snapshot_of
 from velora_fx.timeline import CATEGORIES
 
 OPTIONS = {"device": "cuda", "optimizer": "adamw"}
@@ -124,6 +124,21 @@ def test_any_history_is_replayed_event_by_event(history) -> None:  # type: ignor
     sizes = [sum(live.values()) for (_, delta), live in zip(history.events, replay(history), strict=True) if delta]
     assert totals == [0, *sizes]
     _memory_viz.segsum(snapshot)  # checks the blocks of the segment
+
+
+@few
+@given(histories())
+def test_an_allocation_gets_the_lowest_address_where_it_fits(history) -> None:  # type: ignore[no-untyped-def]
+    live: dict[int, int] = {}
+    for event in snapshot_of(history.timeline)["device_traces"][0]:
+        if event["action"] == "alloc":
+            size = event["size"]
+            ends = [BASE_ADDRESS, *(start + length for start, length in live.items())]
+            free = [a for a in ends if all(a + size <= start or start + live[start] <= a for start in live)]
+            assert event["addr"] == min(free)
+            live[event["addr"]] = size
+        elif event["action"] == "free_completed":
+            del live[event["addr"]]
 
 
 def test_the_plan_of_an_optimised_model_has_its_events_and_copies_of_it_say_where_they_went(tmp_path: Path) -> None:

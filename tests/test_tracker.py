@@ -14,65 +14,159 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.allocator import peak_of
+from tests.allocator import peak_of, point, totals_at_points
 from tests.zoo import ZOO, loss_of
 from velora_fx.fake import fake_copy, fake_mode, fake_tensor
 from velora_fx.tracker import Tracker
 
-few = settings(max_examples=60, deadline=None, derandomize=True)
+few = settings(max_examples=100, deadline=None, derandomize=True)
 ITEM = 4
 
-# One step of a program on a list of tensors: what to do, with which of them, and a size where one is made.
-steps = st.lists(
-    st.tuples(
-        st.sampled_from(["make", "compute", "slice", "transpose", "detach", "expand", "add_", "drop", "copy", "two"]),
-        st.integers(0, 9),
-        st.integers(0, 40),
-    ),
+SIZE = 12  # elements of a leaf: one size, so that any two tensors can be multiplied
+
+
+class Both(torch.autograd.Function):
+    """Saves what it was given and what it returns."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x * x
+        ctx.save_for_backward(x, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        x, y = ctx.saved_tensors
+        return gradients[0] * x * y
+
+
+def flat(x: Tensor) -> Tensor:
+    """The tensor as a vector of SIZE: a view where it can be."""
+    return x.reshape(-1).repeat(SIZE)[:SIZE] if x.numel() not in (0, SIZE) else x.reshape(-1)
+
+
+ACTIONS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "multiply": lambda x, y: flat(x) * flat(y) if x.numel() and y.numel() else x,
+    "exp": lambda x, y: x.exp(),
+    "both": lambda x, y: Both.apply(x),  # type: ignore[no-untyped-call]
+    "clone": lambda x, y: x.clone(),
+    "detach": lambda x, y: x.detach(),
+    "alias": lambda x, y: x,
+    "slice": lambda x, y: x.reshape(-1)[2:5],
+    "transpose": lambda x, y: x.reshape(-1, 1).t(),
+    "expand": lambda x, y: x.unsqueeze(0).expand(3, *x.shape)[0],
+    "add in place": lambda x, y: x.data.add_(1),  # `data` since backward refuses what was saved and then changed
+    "pieces": lambda x, y: x.reshape(-1).split(5),
+    "pair of views": lambda x, y: [x.view_as(x), x.view_as(x)],
+    "foreach": lambda x, y: torch._foreach_add([x.detach(), y.detach(), x.detach()], 1.0),
+    "foreach in place": lambda x, y: torch._foreach_mul_([x.data, y.clone().data], 2.0),
+    "without grad": lambda x, y: [torch.no_grad()(torch.neg)(x)],
+}
+programs = st.lists(
+    st.tuples(st.sampled_from(["leaf", "constant", "drop", "drop", *ACTIONS]), st.integers(0, 20), st.integers(0, 20)),
+    min_size=8,
     max_size=40,
 )
-NEW_STORAGE = ("make", "compute", "copy")
 
 
-def perform(action: str, chosen: Tensor, size: int) -> list[Tensor]:
-    made: dict[str, Callable[[], Tensor | tuple[Tensor, ...]]] = {
-        "make": lambda: torch.empty(size),
-        "compute": lambda: chosen.contiguous() * 2,
-        "copy": chosen.clone,
-        "slice": lambda: chosen[: size % 5],
-        "transpose": lambda: chosen.reshape(-1, 1).t() if chosen.is_contiguous() else chosen,
-        "detach": chosen.detach,
-        "expand": lambda: chosen.unsqueeze(0).expand(3, *chosen.shape),
-        "add_": lambda: chosen.add_(1) if chosen.is_contiguous() else chosen,
-        "two": lambda: chosen.split(max(1, size)) if chosen.dim() else chosen,
-    }
-    result = made[action]()
-    return list(result) if isinstance(result, tuple) else [result]
+def run(
+    program: list[tuple[str, int, int]], make: Callable[[bool], Tensor], at_point: Callable[[list[Tensor]], None]
+) -> None:
+    """Runs a program and a backward pass of all it has made; `at_point` is called with what is held."""
+    tensors: list[Tensor] = []
+    for action, first, second in program:
+        if action in ("leaf", "constant") or not tensors:
+            tensors.append(make(action == "leaf"))
+        elif action == "drop":
+            tensors.pop(first % len(tensors))
+        else:
+            made = ACTIONS[action](tensors[first % len(tensors)], tensors[second % len(tensors)])
+            tensors += [made] if isinstance(made, Tensor) else made
+            del made
+        at_point(tensors)
+    outputs = [tensor for tensor in tensors if tensor.requires_grad and tensor.numel()]
+    if outputs and torch.is_grad_enabled():
+        torch.autograd.backward([output.sum() for output in outputs])
+    tensors = [tensor for tensor in tensors if tensor.is_leaf]
+    del outputs
+    at_point(tensors)
+    tensors.clear()
+    at_point(tensors)
+
+
+def real(requires_grad: bool) -> Tensor:
+    return torch.empty(SIZE).fill_(0.5).requires_grad_(requires_grad)
+
+
+def fakes() -> Callable[[bool], Tensor]:
+    mode = fake_mode()
+
+    def fake(requires_grad: bool) -> Tensor:
+        with mode:
+            return real(requires_grad)
+
+    return fake
 
 
 @few
-@given(steps, st.booleans(), st.sampled_from([1, 512]))
-def test_the_bytes_in_use_are_those_of_the_storages_with_a_user(program, fake, rounding):
+@given(programs, st.booleans(), st.sampled_from([1, 512]))
+def test_the_bytes_in_use_are_those_of_the_storages_with_a_user(program, without_memory, rounding):
     """Against a count of references; views, aliases and results written in place have the storage of their base."""
-    mode = fake_mode()
     tracker = Tracker(rounding)
-    tensors: list[Tensor] = []
-    for action, index, size in program:
-        if action == "drop":
-            if tensors:
-                tensors.pop(index % len(tensors))
-        else:
-            if action == "make" or not tensors:
-                with tracker, mode if fake else torch.no_grad():
-                    tensors.append(torch.empty(size))
-            else:
-                chosen = tensors[index % len(tensors)]
-                with tracker, torch.no_grad():
-                    tensors.extend(perform(action, chosen, size))
-                del chosen
+
+    def at_point(tensors: list[Tensor]) -> None:
         storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
         assert sum(tracker.deltas) == sum(-(-size // rounding) * rounding for size in storages.values())
         assert len(tracker.live()) == len(storages)
+
+    with tracker, torch.no_grad():
+        run(program, fakes() if without_memory else real, at_point)
+
+
+@few
+@given(programs)
+def test_the_bytes_in_use_are_the_allocators_at_every_point(program):
+    """No storage is let go of while a view, an alias, a list or the graph needs it, and each is counted once."""
+    tracker, seen = Tracker(), []
+
+    def at_point(_: list[Tensor]) -> None:
+        seen.append(sum(tracker.deltas))
+        point()
+
+    def step() -> None:
+        with tracker:
+            run(program, real, at_point)
+
+    assert totals_at_points(step) == seen
+    assert seen[-1] == 0
+
+
+@few
+@given(programs)
+def test_a_storage_is_born_before_it_dies_and_no_number_is_used_twice(program):
+    tracker = Tracker()
+    with tracker:
+        run(program, real, lambda _: None)
+    alive: set[int] = set()
+    for event, (storage, delta) in enumerate(zip(tracker.storages, tracker.deltas, strict=True)):
+        assert (storage in alive) == (tracker.storages.index(storage) < event)
+        alive ^= {storage}
+        assert delta >= 0 if storage in alive else delta <= 0
+    assert not alive and sum(tracker.deltas) == 0
+    timeline = tracker.timeline()
+    assert set(timeline.births) == set(timeline.deaths) == set(range(len(timeline.labels)))
+
+
+@few
+@given(programs)
+def test_without_memory_a_program_has_the_same_events(program):
+    deltas = []
+    for make in (real, fakes()):
+        tracker = Tracker()
+        with tracker:
+            run(program, make, lambda _: None)
+        deltas.append(tracker.deltas)
+    assert deltas[0] == deltas[1]
 
 
 def test_a_storage_saved_for_backward_stays_until_the_backward_pass():
@@ -230,3 +324,14 @@ def test_a_fake_step_has_the_events_of_the_real_one():
             one(inputs).sum().backward()
         deltas.append(tracker.deltas)
     assert deltas[0] == deltas[1]
+
+
+def test_a_storage_is_known_by_its_operator_until_it_is_given_a_name():
+    tracker = Tracker()
+    with tracker:
+        x = torch.zeros(2, 3)
+        y = x.view(6)
+    assert [str(label) for label in tracker.timeline().labels] == ["zeros [2, 3] float32"]
+    tracker.watch(y, label="tokens")
+    tracker.watch(x)
+    assert [str(label) for label in tracker.timeline().labels] == ["tokens"]
