@@ -109,11 +109,14 @@ def analyse(
         observer_of: ObserverOf = unobserved,
         compiler_recomputes: bool = False,
     ) -> Timeline:
+        trial = tracker is not None  # its figures are estimates, and what it finds has to belong to blocks
         tracker = tracker or make_tracker(fake, device)
         inputs = fake_copy((args, kwargs), mode, device, real="none" if is_compiled else "all")
         if is_compiled:
             compiler = compilers[compiler_recomputes]
-            fake.forward = compiled_forward(fake, *inputs, findings.graphs, compiler, observer_of, tracker.inside)
+            fake.forward = compiled_forward(
+                fake, *inputs, findings.graphs, compiler, observer_of, tracker.inside, by_blocks=trial
+            )
         loss_fn = options.loss_fn or default_loss
         return simulate(
             fake, *inputs, make_optimizer=make_optimizer, loss_fn=loss_fn, device=device, timer=timer,

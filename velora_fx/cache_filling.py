@@ -35,7 +35,7 @@ def filling_graph(
             filled = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in copies]
             call_args, call_kwargs = _pytree.tree_unflatten(filled, spec)
             output = torch.func.functional_call(block, dict(zip(state, ts, strict=False)), call_args, call_kwargs)
-            held = [t for leaf in filled if not isinstance(leaf, torch.Tensor) for t in _tensors_of(leaf)]
+            held = [t for leaf in filled if not isinstance(leaf, torch.Tensor) for t in tensors_inside(leaf)]
             return [*(leaf for leaf in _pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)), *held]
 
     inputs = [*state.values(), *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))]
@@ -44,14 +44,14 @@ def filling_graph(
     return run(plain_graph_module(program, list(state)), PREPARE)
 
 
-def _tensors_of(value: Any) -> Iterator[torch.Tensor]:
+def tensors_inside(value: Any) -> Iterator[torch.Tensor]:
     """The floating tensors in an object, its attributes and their items."""
     if isinstance(value, torch.Tensor):
         if value.is_floating_point() and value.numel():
             yield value
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors_of(item)
+            yield from tensors_inside(item)
     elif hasattr(value, "__dict__") and not isinstance(value, type):
         for attribute in vars(value).values():
-            yield from _tensors_of(attribute)
+            yield from tensors_inside(attribute)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree
 
 from velora_fx.arguments import CONSTANTS
+from velora_fx.cache_filling import tensors_inside
 from velora_fx.capture import fakes_of, isolated, plain_graph_module, state_of
 from velora_fx.fake import as_compiled, kernels_of
 from velora_fx.inductor import Inductor, Observe
 from velora_fx.limits import CaptureError, refusals
-from velora_fx.opaque import BlockCall, record, replay
+from velora_fx.opaque import BlockCall, inner_calls, record, replay
 from velora_fx.passes import PREPARE, run
 from velora_fx.passes.cut_at_calls import cut_at_calls
 
@@ -73,9 +76,13 @@ class CompiledForward:
         self.inside = inside
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = _OneGraph.apply(self.run, *state_of(self.model).values(), *tensors_of((args, kwargs)))  # type: ignore[no-untyped-call]
+        return self.program.rebuild(list(outputs))
+
+    def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The results of the program for the model's state and the tensors that it is called with."""
         program = self.program
-        values = dict(zip(program.names, [*state_of(self.model).values(), *_tensors((args, kwargs))], strict=True))
-        values.update(program.constants)
+        values = {**dict(zip(program.names, tensors, strict=True)), **program.constants}
         last = {name: number for number, step in enumerate(program.steps) for name in step.inputs}
         for number, step in enumerate(program.steps):
             with self.inside(step.name):
@@ -85,28 +92,62 @@ class CompiledForward:
             for name in {*step.inputs, *step.outputs}:
                 if last.get(name, number) <= number and name not in program.results:
                     del values[name]
-        outputs = _Together.apply(*(values[name] for name in program.results))  # type: ignore[no-untyped-call]
-        return program.rebuild(list(outputs))
+        return [values[name] for name in program.results]
 
 
-class _Together(torch.autograd.Function):
-    """The outputs of a compiled model: those that no loss uses get a gradient of zeros, all when backward begins."""
+class _OneGraph(torch.autograd.Function):
+    """A compiled model as autograd sees it: one node.
+
+    The gradients of all parameters are there when its backward ends. An output that no loss uses gets a gradient of
+    zeros when it begins.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *outputs: Any) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, run: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]], *tensors: Any) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.outputs = [(output.shape, output.dtype, output.device, output.fake_mode) for output in outputs]
-        ctx.mark_non_differentiable(*(output for output in outputs if not output.is_floating_point()))
-        return outputs
+        leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
+        with torch.enable_grad():
+            outputs = run(leaves)
+        ctx.leaves = [get_gradient_edge(leaf) if leaf.requires_grad else None for leaf in leaves]
+        ctx.outputs = [_Output.of(output) if output.requires_grad else None for output in outputs]
+        results = tuple(output.detach() for output in outputs)
+        ctx.mark_non_differentiable(*(r for r, output in zip(results, ctx.outputs, strict=True) if output is None))
+        return results
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        filled: list[torch.Tensor | None] = list(gradients)
-        for number, (shape, dtype, device, mode) in enumerate(ctx.outputs):
-            if gradients[number] is None and ctx.needs_input_grad[number]:
-                with mode:
-                    filled[number] = torch.zeros(shape, dtype=dtype, device=device)
-        return tuple(filled)
+        edges, given = [], []
+        for output, gradient in zip(ctx.outputs, gradients, strict=True):
+            if gradient is not None:
+                edges.append(output.edge)
+                given.append(gradient)
+            elif output is not None:
+                output.hold_zeros()
+        del gradients
+        wanted = [leaf for leaf in ctx.leaves if leaf is not None]
+        found = iter(torch.autograd.grad(edges, wanted, given, allow_unused=True))
+        return None, *(None if leaf is None else next(found) for leaf in ctx.leaves)
+
+
+@dataclass(frozen=True)
+class _Output:
+    """What is needed of an output in backward, without holding it."""
+
+    edge: GradientEdge
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    mode: FakeTensorMode
+
+    @classmethod
+    def of(cls, tensor: Any) -> _Output:
+        return cls(get_gradient_edge(tensor), tensor.shape, tensor.dtype, tensor.device, tensor.fake_mode)
+
+    def hold_zeros(self) -> None:
+        """Holds a gradient of zeros until the backward of the output's own graph, which makes one itself."""
+        with self.mode:
+            held = [torch.zeros(self.shape, dtype=self.dtype, device=self.device)]
+        self.edge.node.register_prehook(lambda gradients: held.clear())
 
 
 def compiled_forward(
@@ -117,58 +158,54 @@ def compiled_forward(
     inductor: Inductor,
     observer_of: ObserverOf,
     inside: Inside,
+    by_blocks: bool = False,
 ) -> CompiledForward:
     """The forward of a fake model for fake inputs as `torch.compile(model)` runs it.
 
-    Repeated blocks, with the graphs in `graphs` or those of the regions installed on them, and the code between them
-    are compiled one by one, so that equal blocks are compiled once. Raises ValueError for a model that cannot be traced
-    as a whole.
+    Where equal blocks follow each other, with the graphs in `graphs` or those of the regions installed on them, one is
+    compiled for all but the first and the last of these; with `by_blocks` each block is compiled apart, so that what a
+    graph keeps belongs to one block. Raises ValueError for a model that cannot be traced as a whole.
     """
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), kernels_of(inductor.device):
         calls = record(model, args, kwargs, graphs)
-        program = _program(model, args, kwargs, calls)
+        known = frozenset(number for number, call in enumerate(calls) if call.gm is not None)
+        program = _program(model, args, kwargs, calls, known if by_blocks else inner_calls(calls))
     return CompiledForward(model, program, inductor, observer_of, inside)
 
 
 def _program(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], calls: Sequence[BlockCall]
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    calls: Sequence[BlockCall],
+    left_out: Collection[int],
 ) -> Program:
-    gm, leaves, spec, num_results = _traced(model, args, kwargs, calls)
+    trace = _trace(model, args, kwargs, calls, left_out)
+    gm, apart = trace.gm, [call for number, call in enumerate(calls) if number in left_out]
     names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
     outputs = list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
+    num_names = len(names) - sum(len(call.outputs) for call in apart)
     state = {full: name for name, full in gm.meta["state"].items()}
-    returned = iter(names[len(names) - sum(len(call.outputs) for call in calls) :])
-    marked = iter(outputs[num_results:])
-    markers = [list(islice(marked, call.num_tensors)) for call in calls]
+    returned, marked = iter(names[num_names:]), iter(outputs[trace.num_results :])
+    markers = [list(islice(marked, call.num_tensors)) for call in apart]
     constants: dict[str, torch.Tensor] = {}
     steps: list[Step] = []
-    cached: list[str] = []
-    segments = cut_at_calls(gm, markers, outputs[:num_results])
-    for number, segment in enumerate(segments):
+    results = [node.name for node in outputs[: trace.num_results]]
+    for number, segment in enumerate(cut_at_calls(gm, markers, outputs[: trace.num_results])):
         if segment.outputs:
             own = segment.gm.meta["state"]
             numbers = {k: own[name] for k, name in enumerate(segment.inputs) if name in own}
             steps.append(Step("", segment.gm, segment.inputs, segment.outputs, numbers))
-        if number < len(calls):
-            call = calls[number]
+        if number < len(apart):
+            call = apart[number]
+            assert call.gm is not None
             projections = {f"projection_{number}_{k}": v for k, v in enumerate(call.projections)}
             constants.update(projections)
-            inputs = (
-                *(state[full] for full in call.state),
-                *(_name(marker) for marker in markers[number]),
-                *projections,
-            )
+            inputs = (*(state[full] for full in call.state), *map(_name, markers[number]), *projections)
             names_returned = tuple(islice(returned, len(call.outputs)))
             steps.append(Step(call.name, call.gm, inputs, names_returned, dict(enumerate(call.state))))
-            cached += names_returned[len(names_returned) - call.num_cached :]
-
-    def rebuild(tensors: list[Any]) -> Any:
-        filled = iter(tensors)
-        return _pytree.tree_unflatten([next(filled) if leaf is _TENSOR else leaf for leaf in leaves], spec)
-
-    num_names = len(names) - sum(len(call.outputs) for call in calls)
-    results = (*(node.name for node in outputs[:num_results]), *(cached if None in leaves else ()))
-    return Program(tuple(steps), tuple(names[:num_names]), constants, results, rebuild)
+            results += names_returned[len(names_returned) - call.num_cached :] if trace.returns_caches else ()
+    return Program(tuple(steps), tuple(names[:num_names]), constants, tuple(results), trace.rebuild)
 
 
 _TENSOR = object()
@@ -180,13 +217,41 @@ def _name(marker: Node) -> str:
     return source.name
 
 
-def _traced(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], calls: Sequence[BlockCall]
-) -> tuple[GraphModule, list[Any], Any, int]:
-    """The graph of the forward around its blocks, the leaves of its result, their structure and the tensors' number."""
+@dataclass(frozen=True)
+class Trace:
+    """The graph of a model's forward but for the blocks left out, and its result: the leaves, with _TENSOR where a
+    tensor belongs, and their structure.
+
+    The first `num_results` outputs are the tensors of the result, and those in the caches that it holds.
+    """
+
+    gm: GraphModule
+    leaves: Sequence[Any]
+    structure: Any
+    num_results: int
+
+    @property
+    def returns_caches(self) -> bool:
+        """True if the result holds the key-value caches that the blocks filled."""
+        return _CACHE in self.leaves
+
+    def rebuild(self, tensors: list[Any]) -> Any:
+        """The model's result from its tensors; caches are None."""
+        filled = iter(tensors)
+        leaves = [next(filled) if leaf is _TENSOR else None if leaf is _CACHE else leaf for leaf in self.leaves]
+        return _pytree.tree_unflatten(leaves, self.structure)
+
+
+def _trace(
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    calls: Sequence[BlockCall],
+    left_out: Collection[int],
+) -> Trace:
     leaves, spec = _pytree.tree_flatten((args, kwargs))
     state = state_of(model)
-    tensors = _tensors((args, kwargs))
+    tensors = tensors_of((args, kwargs))
     result: dict[str, Any] = {}
 
     class Shim(torch.nn.Module):
@@ -195,12 +260,16 @@ def _traced(
             filled = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
             call_args, call_kwargs = _pytree.tree_unflatten(filled, spec)
             named = dict(zip(state, ts, strict=False))
-            with replay(model, calls, list(given)) as marked, refusals(), as_compiled():
+            with replay(model, calls, left_out, list(given)) as marked, refusals(), as_compiled():
                 output = torch.func.functional_call(model, named, call_args, call_kwargs)
-            result["leaves"], result["spec"] = _pytree.tree_flatten(output)
-            return [*_tensors(result["leaves"]), *marked]
+            result["leaves"], result["structure"] = _pytree.tree_flatten(output)
+            held = [tensor for leaf in result["leaves"] if _is_cache(leaf) for tensor in tensors_inside(leaf)]
+            results = [*tensors_of(result["leaves"]), *held]
+            result["num_results"] = len(results)
+            return [*results, *marked]
 
-    inputs = [*state.values(), *tensors, *(tensor for call in calls for tensor in call.outputs)]
+    apart = [call for number, call in enumerate(calls) if number in left_out]
+    inputs = [*state.values(), *tensors, *(tensor for call in apart for tensor in call.outputs)]
     try:
         with isolated():
             program = torch.export.export(Shim(), (fakes_of(inputs),), strict=False)
@@ -210,21 +279,30 @@ def _traced(
             f"target='inductor' plans for torch.compile(model), and this model cannot be traced as a whole ({reason}): "
             "use target='eager'"
         ) from error
-    constants = [_constant(leaf) for leaf in result["leaves"]]
+    kinds = [_kind_of(leaf) for leaf in result["leaves"]]
     gm = run(plain_graph_module(program, list(state)), PREPARE)
-    return gm, constants, result["spec"], len(_tensors(result["leaves"]))
+    return Trace(gm, kinds, result["structure"], result["num_results"])
 
 
-def _constant(leaf: Any) -> Any:
-    """A leaf of the output that is the same in each call; caches, which are empty in training, are left out."""
+_CACHE = object()
+
+
+def _is_cache(leaf: Any) -> bool:
+    return hasattr(leaf, "get_seq_length")
+
+
+def _kind_of(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
         return _TENSOR
-    if isinstance(leaf, CONSTANTS) or hasattr(leaf, "get_seq_length"):
-        return leaf if isinstance(leaf, CONSTANTS) else None
+    if _is_cache(leaf):
+        return _CACHE
+    if isinstance(leaf, CONSTANTS):
+        return leaf
     raise ValueError(
         f"target='inductor' cannot plan for a model that returns a {type(leaf).__name__}: use target='eager'"
     )
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """The tensors among the leaves of nested containers."""
     return [leaf for leaf in _pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]

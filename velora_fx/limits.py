@@ -25,9 +25,9 @@ def refusals() -> Iterator[None]:
     numbers from elsewhere than PyTorch's global state, and a change of the grad mode inside an autocast stretch.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    own_backward = _replaced(torch.autograd.Function, "apply", classmethod(_apply))
+    own_backward = replaced(torch.autograd.Function, "apply", classmethod(_apply))
     try:
-        with own_backward, _replaced(saved_tensors_hooks, "__enter__", _enter), _Watch():
+        with own_backward, replaced(saved_tensors_hooks, "__enter__", _enter), _Watch():
             yield
         same_numpy = all(np.array_equal(a, b) for a, b in zip(numpy_state, np.random.get_state(), strict=True))
         if random.getstate() != python_state or not same_numpy:
@@ -76,7 +76,8 @@ def _enter(self: saved_tensors_hooks) -> None:
 
 
 @contextlib.contextmanager
-def _replaced(owner: type, name: str, value: Callable[..., Any] | classmethod[Any, Any, Any]) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Callable[..., Any] | classmethod[Any, Any, Any]) -> Iterator[None]:
+    """Sets an attribute of a class or a module for a while."""
     original = vars(owner)[name]
     setattr(owner, name, value)
     try:

@@ -1,9 +1,9 @@
-"""The calls that a model makes of its blocks, recorded once and then stood in for while the rest is traced."""
+"""The calls that a model makes of its repeated blocks, recorded once; equal ones are then left out of a trace."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -11,115 +11,119 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from velora_fx.cache_filling import filling_graph
+from velora_fx.block_graphs import BlockGraphs
 from velora_fx.capture import state_of
-from velora_fx.checkpointing import CONTEXTS, Checkpointed
-from velora_fx.fake import as_compiled, fake_tensor
-from velora_fx.graphs import Call, RegionGraph, find_graph, key_of
-from velora_fx.passes.recompute_in_backward import recompute_in_backward
-from velora_fx.region import Region, make_call
+from velora_fx.checkpoint_calls import inlined_checkpoints
+from velora_fx.fake import as_compiled
+from velora_fx.graphs import RegionGraph
+from velora_fx.limits import CaptureError
+from velora_fx.region import make_call
 from velora_fx.regions import find_blocks
+
+MAX_TRACED = 8
 
 
 @dataclass(frozen=True)
 class BlockCall:
     """One call of a block: its name, its graph, its state by the model's names, its projections, how many tensors it
-    was given, and what `gm` returned: the outputs of `graph`, and then what it leaves in a key-value cache."""
+    was given, and what `gm` returned: the outputs of `graph`, and then what it leaves in a key-value cache.
+
+    Both graphs are None for a call that none stands for. `recomputes` tells that it is checkpointed.
+    """
 
     name: str
-    graph: RegionGraph
-    gm: GraphModule
-    state: tuple[str, ...]
-    projections: tuple[torch.Tensor, ...]
-    num_tensors: int
-    outputs: tuple[torch.Tensor, ...]
-    num_cached: int
+    graph: RegionGraph | None = None
+    gm: GraphModule | None = None
+    state: tuple[str, ...] = ()
+    projections: tuple[torch.Tensor, ...] = ()
+    num_tensors: int = 0
+    outputs: tuple[torch.Tensor, ...] = ()
+    num_cached: int = 0
+    recomputes: bool = False
 
 
 def record(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], graphs: Mapping[str, Sequence[RegionGraph]]
 ) -> list[BlockCall]:
-    """Runs a fake model's forward and returns the calls of its blocks and of its regions for which there are graphs."""
+    """Runs a fake model's forward and returns the calls of its blocks, with their graphs in `graphs` or, where regions
+    are installed, those of the regions."""
     names = {id(tensor): name for name, tensor in state_of(model).items()}
     calls: list[BlockCall] = []
-    filling: dict[int, GraphModule] = {}
-    recomputing: dict[tuple[int, str], GraphModule] = {}
+    block_graphs = BlockGraphs(graphs)
 
     def recorded(name: str, block: torch.nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        call = make_call(block, args, kwargs)
-        graph, projections = _graph_of(call, forward, graphs.get(name, ()))
-        if graph is None or graph.gm is None:
+        found = block_graphs.find(name, block, forward, args, kwargs, checkpoints)
+        if found is None:
+            calls.append(BlockCall(name))
             return forward(*args, **kwargs)
-        gm = graph.gm
-        outputs = tuple(gm(*call.tensors, *projections))
-        result, num_results = graph.result(outputs), len(outputs)
-        if isinstance(forward, Checkpointed):
-            gm = recomputing.setdefault(
-                (id(graph), forward.recompute), recompute_in_backward(gm, CONTEXTS[forward.recompute])
+        outputs = found.outputs()
+        num_results = len(found.captured.slots)
+        state = tuple(names[id(tensor)] for tensor in found.call.state.values())
+        num_tensors, num_cached = len(found.call.tensors) - len(state), len(outputs) - num_results
+        calls.append(
+            BlockCall(
+                name, found.graph, found.gm, state, found.projections, num_tensors, outputs, num_cached,
+                found.recomputes,
             )
-        elif not isinstance(forward, Region) and (caches := _caches_left_out(call, args, kwargs)):
-            if id(graph) not in filling:
-                filling[id(graph)] = filling_graph(block, args, kwargs, caches)
-            gm = filling[id(graph)]
-            outputs = tuple(gm(*call.tensors))
-        state = tuple(names[id(tensor)] for tensor in call.state.values())
-        num_tensors, num_cached = len(call.tensors) - len(state), len(outputs) - num_results
-        calls.append(BlockCall(name, graph, gm, state, projections, num_tensors, outputs, num_cached))
-        return result
+        )  # fmt: skip
+        return found.graph.result(outputs[:num_results])
 
-    with _instead_of_blocks(model, recorded), as_compiled():
+    with inlined_checkpoints() as checkpoints, instead_of_blocks(model, recorded), as_compiled():
         model(*args, **kwargs)
     return calls
 
 
-def _caches_left_out(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    given, passed = [*args, *kwargs.values()], [*call.args, *call.kwargs.values()]
-    return [value for value, instead in zip(given, passed, strict=True) if instead is not value]
+def inner_calls(calls: Sequence[BlockCall]) -> frozenset[int]:
+    """The numbers of the calls to leave out of a trace: those within runs of equal ones, and checkpointed ones.
+
+    A compiler makes the same of each within a run. The ends of a run are compiled with what surrounds them: there the
+    peaks of a step are. Where blocks alternate so that more than MAX_TRACED would be, only the ends of the model are.
+    """
+    kinds = [None if call.gm is None else id(call.gm) for call in calls]
+    known = [number for number in range(1, len(calls) - 1) if kinds[number] is not None]
+    inner = [number for number in known if kinds[number - 1] == kinds[number] == kinds[number + 1]]
+    if len(calls) - len(inner) > MAX_TRACED:
+        inner = known
+    recomputing = [number for number, call in enumerate(calls) if call.recomputes]
+    return frozenset(inner if len(inner) > 1 else ()) | frozenset(recomputing)
 
 
 @contextlib.contextmanager
 def replay(
-    model: torch.nn.Module, calls: Sequence[BlockCall], outputs: Sequence[torch.Tensor]
+    model: torch.nn.Module, calls: Sequence[BlockCall], left_out: Collection[int], outputs: Sequence[torch.Tensor]
 ) -> Iterator[list[torch.Tensor]]:
-    """Has the recorded calls return `outputs`, in order; yields the list of aliases of the tensors they are given."""
+    """Has the calls of these numbers return `outputs`, in order; yields the aliases of the tensors they are given.
+
+    The other calls run as they are. CaptureError where something else than these calls is checkpointed.
+    """
     marked: list[torch.Tensor] = []
-    expected, returned = iter(calls), iter(outputs)
-    upcoming = [next(expected, None)]
+    numbered, returned = iter(enumerate(calls)), iter(outputs)
 
     def replayed(name: str, block: torch.nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        call = upcoming[0]
-        if call is None or call.name != name:
+        number, call = next(numbered, (len(calls), BlockCall("nothing")))
+        if call.name != name:
+            raise CaptureError(f"{name} is called in tracing where otherwise {call.name} is")
+        if number not in left_out:
+            if checkpoints:
+                raise CaptureError(f"{name} is checkpointed and could not be captured")
             return forward(*args, **kwargs)
-        upcoming[0] = next(expected, None)
+        assert call.graph is not None
         given = make_call(block, args, kwargs)
         tensors = given.tensors[len(given.state) :]
         if len(tensors) != call.num_tensors:
-            raise ValueError(f"{name} is given {len(tensors)} tensors in tracing, and {call.num_tensors} otherwise")
+            raise CaptureError(f"{name} is given {len(tensors)} tensors in tracing, and {call.num_tensors} otherwise")
         marked.extend(torch.ops.aten.alias.default(tensor) for tensor in tensors)
         outputs = list(islice(returned, len(call.outputs)))
         return call.graph.result(tuple(outputs[: len(outputs) - call.num_cached]))
 
-    with _instead_of_blocks(model, replayed):
+    with inlined_checkpoints() as checkpoints, instead_of_blocks(model, replayed):
         yield marked
 
 
-def _graph_of(
-    call: Call, forward: Any, graphs: Sequence[RegionGraph]
-) -> tuple[RegionGraph | None, tuple[torch.Tensor, ...]]:
-    if isinstance(forward, Region):
-        graph = forward.graph_for(call)
-        if graph is not None and graph.gm is not None:
-            first = call.tensors[0]
-            placed = forward.placed_on(first.device)
-            return graph, tuple(fake_tensor(v, first.fake_mode) for v in placed)  # type: ignore[attr-defined]
-    return find_graph(graphs, call, key_of(call), exact=False), ()
-
-
 @contextlib.contextmanager
-def _instead_of_blocks(model: torch.nn.Module, stand_in: Any) -> Iterator[None]:
-    """Calls `stand_in(name, block, forward, args, kwargs)` for each call of a block or of a region's module."""
-    own = {name: module for name, module in model.named_modules() if isinstance(vars(module).get("forward"), Region)}
-    blocks = {**find_blocks(model), **own}
+def instead_of_blocks(model: torch.nn.Module, stand_in: Callable[..., Any]) -> Iterator[None]:
+    """Calls `stand_in(name, block, forward, args, kwargs)` for each call of a block; none where nothing repeats."""
+    blocks = {name: block for name, block in find_blocks(model).items() if block is not model}
     before = {name: vars(block).get("forward") for name, block in blocks.items()}
     try:
         for name, block in blocks.items():
@@ -137,7 +141,7 @@ class _StandIn:
     name: str
     block: torch.nn.Module
     forward: Any
-    call: Any
+    call: Callable[..., Any]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.call(self.name, self.block, self.forward, args, kwargs)

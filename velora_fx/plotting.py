@@ -29,7 +29,7 @@ def plot(plan: Plan, path: str | Path) -> None:
     ending = Path(path).suffix
     if ending not in (".svg", ".png", ".pdf"):
         raise ValueError(f"a plot is a .svg, .png or .pdf file, got {str(path)!r}")
-    sides = [("untouched", plan.baseline), ("planned", plan.planned)][: 2 if plan.compressed else 1]
+    sides = [("untouched", plan.baseline), ("planned", plan.planned)][: 2 if plan.compressed or plan.recomputed else 1]
     highest = max(peak.peak_bytes for _, peak in sides)
     unit, name = next((pair for pair in UNITS if highest >= pair[0]), (1, "B"))
     if plan.budget_bytes is not None and highest < plan.budget_bytes < 1.5 * highest:

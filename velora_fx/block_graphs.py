@@ -1,0 +1,96 @@
+"""The graph of a block's call as a compiler gets it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from velora_fx.cache_filling import filling_graph
+from velora_fx.capture import Captured
+from velora_fx.checkpoint_calls import ContextFn
+from velora_fx.checkpointing import CONTEXTS, Checkpointed
+from velora_fx.fake import fake_tensor
+from velora_fx.graphs import Call, RegionGraph, find_graph, key_of
+from velora_fx.passes.recompute_in_backward import recompute_in_backward
+from velora_fx.region import Region, make_call
+
+
+@dataclass(frozen=True)
+class FoundGraph:
+    """The graph of a call, the graph `gm` as it is compiled, and the projections that `gm` takes as its last inputs.
+
+    The two differ where the block fills a key-value cache, which `gm` returns last, and where it is checkpointed.
+    """
+
+    call: Call
+    graph: RegionGraph
+    gm: GraphModule
+    projections: tuple[torch.Tensor, ...]
+    recomputes: bool
+    plain: GraphModule
+
+    @property
+    def captured(self) -> Captured:
+        """What was captured for the graph."""
+        assert self.graph.captured is not None
+        return self.graph.captured
+
+    def outputs(self) -> tuple[Any, ...]:
+        """What `gm` returns, run operator by operator."""
+        return tuple(self.plain(*self.call.tensors, *self.projections))
+
+
+class BlockGraphs:
+    """Finds the graphs of the calls of blocks among `graphs` and, where regions are installed, theirs."""
+
+    def __init__(self, graphs: Mapping[str, Sequence[RegionGraph]]) -> None:
+        self.graphs = graphs
+        self._filling: dict[int, GraphModule] = {}
+        self._recomputing: dict[tuple[int, ContextFn | None], GraphModule] = {}
+
+    def find(
+        self,
+        name: str,
+        block: torch.nn.Module,
+        forward: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        checkpoints: Sequence[ContextFn | None],
+    ) -> FoundGraph | None:
+        """The graph of a call within the given checkpoints, the innermost last; None if there is none."""
+        call = make_call(block, args, kwargs)
+        if isinstance(forward, Checkpointed):
+            checkpoints = [CONTEXTS[forward.recompute]]
+        graph, projections = None, ()
+        if isinstance(forward, Region):
+            graph = forward.graph_for(call)
+            if graph is not None and graph.gm is not None:
+                projections = _fakes(forward.placed_on(call.tensors[0].device), call.tensors[0])
+        if graph is None or graph.gm is None:
+            graph = find_graph(self.graphs.get(name, ()), call, key_of(call), exact=False)
+        if graph is None or graph.gm is None:
+            return None
+        plain = gm = graph.gm
+        if checkpoints:
+            key = id(graph), checkpoints[-1]
+            if key not in self._recomputing:
+                self._recomputing[key] = recompute_in_backward(gm, checkpoints[-1])
+            gm = self._recomputing[key]
+        elif not projections and (caches := _caches_left_out(call, args, kwargs)):
+            if id(graph) not in self._filling:
+                self._filling[id(graph)] = filling_graph(block, args, kwargs, caches)
+            plain = gm = self._filling[id(graph)]
+        return FoundGraph(call, graph, gm, projections, bool(checkpoints), plain)
+
+
+def _fakes(tensors: Sequence[torch.Tensor], like: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(fake_tensor(tensor, like.fake_mode) for tensor in tensors)
+
+
+def _caches_left_out(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    given, passed = [*args, *kwargs.values()], [*call.args, *call.kwargs.values()]
+    return [value for value, instead in zip(given, passed, strict=True) if instead is not value]
