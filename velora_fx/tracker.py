@@ -171,7 +171,8 @@ def _operator(func: Any) -> str:
     """The name of an operator; compiled code gets its buffers empty, whatever its kernels write there."""
     if func in (None, aten.empty_strided.default):
         return ""
-    name: str = func._schema.name.partition("::")[2].strip("_")
+    schema = getattr(func, "_schema", None)  # an operator of operators has none
+    name = str(schema.name).partition("::")[2].strip("_") if schema is not None else str(func)
     return "attention" if "attention" in name else name
 
 
