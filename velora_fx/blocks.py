@@ -32,16 +32,20 @@ def find_recomputable(model: torch.nn.Module, findings: Findings) -> tuple[Block
     """
     timeline = findings.timeline
     assert timeline is not None
-    kept: dict[str, dict[int, None]] = {}
+    owners: dict[int, set[str]] = {}
     for saving in findings.savings:
-        kept.setdefault(saving.region, {})[saving.storage] = None
+        owners.setdefault(saving.storage, set()).add(saving.region)
+    kept: dict[str, list[int]] = {}
+    for storage, regions in owners.items():
+        if len(regions) == 1:  # a mask that all blocks keep is not freed by one
+            kept.setdefault(next(iter(regions)), []).append(storage)
     blocks = []
     for name, module in find_blocks(model).items():
         graphs = [graph.gm for graph in findings.graphs.get(name, ()) if graph.gm is not None]
         unfit = name in findings.failures or is_checkpointed(module) or any(map(mutated_state, graphs))
         if unfit or not graphs or name not in kept:
             continue
-        storages = list(kept[name])
+        storages = kept[name]
         starts = [findings.last_uses.get(storage, timeline.births[storage] + 1) for storage in storages]
         ends = [timeline.deaths.get(storage, len(timeline.deltas)) for storage in storages]
         num_bytes = -sum(int(timeline.deltas[timeline.deaths[s]]) for s in storages if s in timeline.deaths)

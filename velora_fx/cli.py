@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import os
 import sys
@@ -20,6 +21,8 @@ from velora_fx import presets
 from velora_fx.arguments import example_call
 from velora_fx.options import GRADIENTS, PROJECTIONS, TARGETS, Options, budget_bytes_of
 from velora_fx.plans import BudgetError, Plan
+from velora_fx.plotting import plot_sweep
+from velora_fx.sweep import render_sweep, sweep
 
 FITS, DOES_NOT_FIT, BAD_INPUT, FAILED = 0, 1, 2, 3
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -53,6 +56,12 @@ examples:
   The same step, allocation by allocation: open the file on https://pytorch.org/memory_viz.
     velora-plan --model llama-7b --batch-size 4 --seq-len 2048 --optimizer sgd --budget-gb 56 --snapshot plan.pickle
 
+  Which card? A row for each size, and the trade-off as a picture.
+    velora-plan --model llama-7b --batch-size 4 --seq-len 2048 --optimizer sgd --sweep 40,48,56,64,80 --plot sweep.svg
+
+  What would gradient checkpointing alone have to recompute?
+    velora-plan --model llama-7b --batch-size 4 --seq-len 2048 --optimizer sgd --budget-gb 40 --exact-only
+
   A model of your own, in float32 on CPU.
     velora-plan --model my_package.models:make_classifier --dtype float32 --device cpu --budget-gb 2
 
@@ -70,8 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parser().parse_args(argv)
         with _user_code():
+            if arguments.sweep is not None:
+                return _sweep(arguments)
             plan = _plan(arguments)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         if not isinstance(error, BudgetError):
             return _complain(error, BAD_INPUT)
         plan = error.plan
@@ -109,6 +120,11 @@ def parser() -> argparse.ArgumentParser:
         default="adamw",
         help='"adamw", "sgd", "none", or an optimizer class such as torch.optim:Adagrad (default: adamw)',
     )
+    add(
+        "--sweep",
+        metavar="GIB,GIB",
+        help="a row for each of several budgets, such as 16,24,40,80, in place of a report",
+    )
     add("--budget-gb", metavar="GIB", help="peak memory to fit, in GiB of 2^30 bytes (default: show the step as it is)")
     add(
         "--device",
@@ -127,6 +143,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="batches whose gradients are added up before a step (default: 1)",
     )
+    add("--exact-only", action="store_true", help="never compress: recompute blocks in backward instead")
+    add("--recompute", action="store_true", help="allow recomputing blocks besides, priced by its time")
     add("--seed", type=int, default=0, help="seed of the projections (default: 0)")
     add("--json", action="store_true", help="print the plan as one JSON object instead of the report")
     add("--plot", metavar="FILE", help="draw memory over the step, as a .svg, .png or .pdf file (needs matplotlib)")
@@ -134,8 +152,28 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def _plan(arguments: argparse.Namespace) -> Plan:
-    options: dict[str, Any] = {
+def _sweep(arguments: argparse.Namespace) -> int:
+    """Plans for several budgets; the exit code is that of the smallest."""
+    if arguments.budget_gb is not None or arguments.snapshot is not None:
+        raise ValueError("--sweep names the budgets and writes no snapshot: leave out --budget-gb and --snapshot")
+    budgets = [_number(part) for part in arguments.sweep.split(",")]
+    for budget in budgets:
+        budget_bytes_of(budget, torch.device(arguments.device))
+    options = Options(**_options(arguments))
+    model, inputs, note = _load(arguments)
+    with _named(arguments):
+        plans = sweep(model, budgets, *example_call(inputs), options, arguments.model)
+    if arguments.plot is not None:
+        plot_sweep(plans, arguments.plot)
+    if arguments.json:
+        print(json.dumps([_noted(plan, arguments.model, note).to_dict() for plan in plans], indent=2))
+    else:
+        print(f"{arguments.model}: {note}\n\n{render_sweep(plans)}")
+    return FITS if all(plan.fits for plan in plans) else DOES_NOT_FIT
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
         "optimizer": _optimizer(arguments.optimizer),
         "target": arguments.target,
         "gradients": arguments.gradients,
@@ -143,25 +181,44 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         "sub_token_sizes": _sizes(arguments.sub_token_sizes),
         "device": arguments.device,
         "gradient_accumulation": arguments.gradient_accumulation,
+        "exact_only": arguments.exact_only,
+        "recompute": arguments.recompute,
         "seed": arguments.seed,
     }
-    Options(**options)  # refused before a large model is made, as is the budget
-    budget_gb = None if arguments.budget_gb is None else _number(arguments.budget_gb)
-    if budget_gb is not None:
-        budget_bytes_of(budget_gb, torch.device(arguments.device))
+
+
+def _load(arguments: argparse.Namespace) -> tuple[torch.nn.Module, Any, str]:
+    """The model, its example inputs, and a note on both."""
     dtype = DTYPES.get(arguments.dtype)
     model, inputs = presets.load(arguments.model, arguments.batch_size, arguments.seq_len, dtype)
-    note = _batch_note(model, *example_call(inputs))
+    return model, inputs, _batch_note(model, *example_call(inputs))
+
+
+@contextlib.contextmanager
+def _named(arguments: argparse.Namespace) -> Iterator[None]:
+    """Whatever a user's own model raises is bad input, and its name is told."""
     try:
-        plan = velora_fx.plan(model, budget_gb, inputs, **options)
-    except BudgetError as error:
-        raise BudgetError(str(error), _noted(error.plan, arguments.model, note)) from error
+        yield
     except ValueError:
         raise
     except Exception as error:
         if ":" in arguments.model or ":" in arguments.optimizer:
             raise ValueError(f"a step of {arguments.model} raised {type(error).__name__}: {error}") from error
         raise
+
+
+def _plan(arguments: argparse.Namespace) -> Plan:
+    options = _options(arguments)
+    Options(**options)  # refused before a large model is made, as is the budget
+    budget_gb = None if arguments.budget_gb is None else _number(arguments.budget_gb)
+    if budget_gb is not None:
+        budget_bytes_of(budget_gb, torch.device(arguments.device))
+    model, inputs, note = _load(arguments)
+    try:
+        with _named(arguments):
+            plan = velora_fx.plan(model, budget_gb, inputs, **options)
+    except BudgetError as error:
+        raise BudgetError(str(error), _noted(error.plan, arguments.model, note)) from error
     return _noted(plan, arguments.model, note)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,21 +22,13 @@ def plot(plan: Plan, path: str | Path) -> None:
     The ending of the path tells the format: .svg, .png or .pdf. Raises ImportError without matplotlib, ValueError for
     another ending or a plan without curves.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "velora-fx[plot]"') from error
-    ending = Path(path).suffix
-    if ending not in (".svg", ".png", ".pdf"):
-        raise ValueError(f"a plot is a .svg, .png or .pdf file, got {str(path)!r}")
+    figure_of_size = _figure_class(path)
     sides = [("untouched", plan.baseline), ("planned", plan.planned)][: 2 if plan.compressed or plan.recomputed else 1]
     highest = max(peak.peak_bytes for _, peak in sides)
     unit, name = next((pair for pair in UNITS if highest >= pair[0]), (1, "B"))
     if plan.budget_bytes is not None and highest < plan.budget_bytes < 1.5 * highest:
         highest = plan.budget_bytes  # one far above would press the picture down: the legend has its number
-    figure = Figure(figsize=(5.2 * len(sides) + 1.6, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figure_of_size(figsize=(5.2 * len(sides) + 1.6, 4.4), layout="constrained")
     panels: Any = figure.subplots(1, len(sides), sharey=True, squeeze=False)[0]
     for axes, (title, peak) in zip(panels, sides, strict=True):
         _draw(axes, peak, plan.overhead_bytes, unit)
@@ -55,6 +48,62 @@ def plot(plan: Plan, path: str | Path) -> None:
         fontsize=11,
     )
     figure.savefig(path, dpi=150)
+
+
+def plot_sweep(plans: Sequence[Plan], path: str | Path) -> None:
+    """Draws plans for several budgets: the peak against the budget, and below it what the peak costs.
+
+    The cost is the share of the matrix products' inputs that are compressed, and the predicted step time. Raises as
+    `plot` does.
+    """
+    figure = _figure_class(path)(figsize=(7.2, 6.4), layout="constrained")
+    memory, costs = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    ordered = sorted(plans, key=lambda plan: plan.budget_bytes or 0)
+    first = ordered[0]
+    unit, name = next((pair for pair in UNITS if first.baseline.peak_bytes >= pair[0]), (1, "B"))
+    budgets = [(plan.budget_bytes or 0) / unit for plan in ordered]
+    peaks = [plan.planned.peak_bytes / unit for plan in ordered]
+    memory.plot(budgets, budgets, color="black", linestyle="--", linewidth=1, label="budget")
+    untouched = f"untouched, {in_units(first.baseline.peak_bytes)}"
+    memory.axhline(first.baseline.peak_bytes / unit, color=COLORS[1], linewidth=1, label=untouched)
+    memory.plot(budgets, peaks, color=COLORS[0], linewidth=1.5, label="planned peak")
+    for fits, marker, label in ((True, "o", "fits"), (False, "x", "does not fit")):
+        shown = [number for number, plan in enumerate(ordered) if plan.fits is fits]
+        if shown:
+            places = [[values[number] for number in shown] for values in (budgets, peaks)]
+            memory.plot(*places, marker, color=COLORS[0] if fits else COLORS[2], label=label)
+    memory.set_ylabel(f"peak memory, {name}")
+    memory.set_ylim(bottom=0)
+    shares = [_compressed_percent(plan) for plan in ordered]
+    times = [100 * plan.planned.step_seconds / first.baseline.step_seconds for plan in ordered]
+    costs.plot(budgets, shares, "o-", color=COLORS[4], label="inputs compressed")
+    costs.plot(budgets, times, "s-", color=COLORS[3], label="step time, of the untouched")
+    costs.set_ylabel("percent")
+    costs.set_ylim(0, 1.15 * max(100, *shares, *times))
+    costs.set_xlabel(f"budget, {name}")
+    for axes in (memory, costs):
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.suptitle(
+        f"{first.model}: {first.target} on {first.device}, {first.optimizer}", x=0.02, ha="left", fontsize=11
+    )
+    figure.savefig(path, dpi=150)
+
+
+def _compressed_percent(plan: Plan) -> float:
+    compressed = sum(len(decision.consumers) for decision in plan.compressed)
+    return 100 * compressed / max(1, sum(len(decision.consumers) for decision in plan.decisions) + len(plan.skipped))
+
+
+def _figure_class(path: str | Path) -> Any:
+    """matplotlib's figures, once the ending of the path is known to be one that they are written as."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('plots need matplotlib: pip install "velora-fx[plot]"') from error
+    if Path(path).suffix not in (".svg", ".png", ".pdf"):
+        raise ValueError(f"a plot is a .svg, .png or .pdf file, got {str(path)!r}")
+    return Figure
 
 
 def _draw(axes: Any, peak: Peak, overhead_bytes: int, unit: int) -> None:
