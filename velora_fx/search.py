@@ -12,10 +12,10 @@ from velora_fx.blocks import Block
 from velora_fx.candidates import Candidate
 from velora_fx.checkpointing import Recompute
 from velora_fx.moments import Span, find_moments
-from velora_fx.solver import Item, Moment, choose
+from velora_fx.solver import Item, Moment, choose, highest_levels
 from velora_fx.timeline import Peak
 
-MAX_SIMULATIONS = 4
+RUNGS = 4096
 # Where time and approximation are traded: halving what is kept of every weight's input counts as much as this share of
 # the step's time.
 HALVING_PRICE = 0.02
@@ -31,27 +31,64 @@ class Search:
     recomputes: bool
 
     def within(self, budget_bytes: int) -> tuple[Actions, Peak]:
-        """The cheapest actions whose peak is within the budget; the tightest there are if none is."""
-        analysis = self.analysis
-        if analysis.baseline.peak_bytes <= budget_bytes:
-            return Actions(), analysis.baseline
-        best: tuple[float, Actions, Peak] | None = None
-        tried = set()
-        correction = 0
-        for _ in range(MAX_SIMULATIONS):
-            levels = choose(self.items, self.moments, budget_bytes - correction)
-            if levels is None or levels in tried:
-                break
-            tried.add(levels)
+        """The cheapest actions whose peak is within the budget; the tightest there are if none is.
+
+        The solver knows the moments of a step with nothing done about it; a simulation tells the true peak of what it
+        chose. Along a ladder of targets for the solver, the same for every budget, the highest rung that fits is
+        searched by halving, so that a larger budget never gets a more approximate plan.
+        """
+        if self.analysis.baseline.peak_bytes <= budget_bytes:
+            return Actions(), self.analysis.baseline
+        if self.tightest[1].peak_bytes > budget_bytes:
+            return self.tightest
+        for is_trusted in (True, False):
+            low, high = 0, RUNGS
+            while high - low > 1:
+                middle = (low + high) // 2
+                fits = self._expected_to_fit(middle, budget_bytes) if is_trusted else None
+                if fits is None:
+                    fits = self._rung(middle)[1].peak_bytes <= budget_bytes
+                low, high = (middle, high) if fits else (low, middle)
+            found = self._rung(low)
+            if found[1].peak_bytes <= budget_bytes:
+                return found
+        return self.tightest
+
+    def _expected_to_fit(self, rung: int, budget_bytes: int) -> bool | None:
+        """What needs no simulation: how far the solver's estimates are off is known at both ends of the ladder."""
+        low, high = self._ends
+        errors = self.tightest[1].peak_bytes - low, self.analysis.baseline.peak_bytes - high
+        margin = abs(errors[1] - errors[0]) // 2 + 2 * (high - low) // RUNGS
+        target = self._target(rung)
+        if target + max(errors) + margin <= budget_bytes:
+            return True
+        return False if target + min(errors) - margin > budget_bytes else None
+
+    def _rung(self, rung: int) -> tuple[Actions, Peak]:
+        levels = choose(self.items, self.moments, self._target(rung))
+        if levels is None:
+            return self.tightest
+        if levels not in self._simulated:
             actions = self.actions(levels)
-            planned = analysis.peak(actions)
-            cost = sum(item.costs[level - 1] for item, level in zip(self.items, levels, strict=True) if level)
-            if planned.peak_bytes <= budget_bytes and (best is None or cost < best[0]):
-                best = cost, actions, planned
-            # The moments are those of a step with nothing done about it.
-            estimate = max(moment.bytes_at(self.items, levels) for moment in self.moments)
-            correction = planned.peak_bytes - estimate
-        return best[1:] if best is not None else self.tightest
+            self._simulated[levels] = actions, self.analysis.peak(actions)
+        return self._simulated[levels]
+
+    def _target(self, rung: int) -> int:
+        low, high = self._ends
+        return low + (high - low) * rung // RUNGS
+
+    @cached_property
+    def _simulated(self) -> dict[tuple[int, ...], tuple[Actions, Peak]]:
+        return {}
+
+    @cached_property
+    def _ends(self) -> tuple[int, int]:
+        """The solver's estimates of the tightest and of the untouched peak."""
+        levels = highest_levels(self.items)
+        return (
+            max(moment.bytes_at(self.items, levels) for moment in self.moments),
+            max(moment.peak_bytes for moment in self.moments),
+        )
 
     @cached_property
     def tightest(self) -> tuple[Actions, Peak]:

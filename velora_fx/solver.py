@@ -68,12 +68,12 @@ def choose(items: Sequence[Item], moments: Sequence[Moment], budget_bytes: int) 
         for row in over:
             more = [(column, 1.0) for column, saving in row if saving > 0 and not chosen[column]]
             constraints.append(LinearConstraint(_matrix([more], int(starts[-1])), 1, np.inf))
-    highest = _highest(items)
+    highest = highest_levels(items)
     fits = all(moment.bytes_at(items, highest) <= budget_bytes for moment in binding)
     return _trimmed(items, binding, budget_bytes, highest) if fits else None
 
 
-def _highest(items: Sequence[Item]) -> list[int]:
+def highest_levels(items: Sequence[Item]) -> list[int]:
     """Everything compressed as far as it goes; of an item and those that it covers, whatever frees more."""
     covered = [0] * len(items)
     for item in items:
