@@ -1,0 +1,135 @@
+"""A graph cut at calls does what the whole graph does, and gives out no more than is needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Interpreter, Node
+
+from velora_fx.passes.cut_at_calls import cut_at_calls
+
+aten = torch.ops.aten
+few = settings(max_examples=100, deadline=None, derandomize=True)
+ACTIONS: dict[str, Any] = {
+    "add": aten.add.Tensor, "multiply": aten.mul.Tensor, "negate": aten.neg.default, "view": aten.view.default,
+    "transpose": aten.t.default, "add in place": aten.add_.Scalar, "clone": aten.clone.default,
+}  # fmt: skip
+programs = st.lists(
+    st.tuples(st.sampled_from([*ACTIONS, "call", "call"]), st.integers(0, 20), st.integers(0, 20)), max_size=25
+)
+
+
+def traced(program: list[tuple[str, int, int]]) -> tuple[GraphModule, list[list[Node]], list[Node]]:
+    """A graph of square matrices, as one of a whole model is: what calls return are placeholders, what they are given
+    is marked by aliases."""
+    graph, example = Graph(), torch.zeros(2, 2)
+    values = [graph.placeholder(name) for name in ("x", "y")]
+    returned = [graph.placeholder(f"returned_{k}") for k in range(sum(action == "call" for action, *_ in program))]
+    markers: list[list[Node]] = []
+    for action, first, second in program:
+        a, b = values[first % len(values)], values[second % len(values)]
+        if action == "call":
+            markers.append([graph.call_function(aten.alias.default, (operand,)) for operand in (a, b)])
+            values.append(returned[len(markers) - 1])
+        else:
+            operands = {"add": (a, b), "multiply": (a, b), "add in place": (a, 1.0), "view": (a, [2, 2])}.get(
+                action, (a,)
+            )
+            values.append(graph.call_function(ACTIONS[action], operands))
+    results = [value for value in values[-2:] if value.op == "call_function"]
+    graph.output((*results, *(marker for call in markers for marker in call)))
+    for node in graph.nodes:
+        node.meta["val"] = example
+    gm = GraphModule(nn.Module(), graph)
+    gm.meta["state"] = {"x": "weight"}
+    return gm, markers, results
+
+
+def called(a: Tensor, b: Tensor) -> Tensor:
+    """The code that is called between the segments."""
+    return a.sin() + b.cos()
+
+
+class Whole(Interpreter):
+    """Runs the whole graph, with the calls made where they are marked."""
+
+    def __init__(self, gm: GraphModule, markers: list[list[Node]]) -> None:
+        super().__init__(gm)
+        self.calls = {call[-1]: number for number, call in enumerate(markers)}
+        self.markers = markers
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        if n in self.calls:
+            number = self.calls[n]
+            a, b = (self.env[marker] if marker is not n else result for marker in self.markers[number])
+            placeholder = next(p for p in self.module.graph.nodes if p.name == f"returned_{number}")
+            self.env[placeholder] = called(a, b)
+        return result
+
+
+@few
+@given(programs)
+def test_the_segments_between_the_calls_do_what_the_whole_does(program):
+    """Each with no more than it asks for: what it is given, what earlier segments gave out and what calls returned."""
+    gm, markers, results = traced(program)
+    torch.manual_seed(0)
+    x, y = torch.rand(2, 2, dtype=torch.float64), torch.rand(2, 2, dtype=torch.float64)
+    unknown = [torch.full((2, 2), float("nan"))] * len(markers)
+    expected = Whole(gm, markers).run(x.clone(), y.clone(), *unknown)[: len(results)]
+    values = {"x": x.clone(), "y": y.clone()}
+    for number, segment in enumerate(cut_at_calls(gm, markers, results)):
+        values.update(zip(segment.outputs, segment.gm(*(values[name] for name in segment.inputs)), strict=True))
+        if number < len(markers):
+            a, b = (values[marker.args[0].name] for marker in markers[number])  # type: ignore[union-attr]
+            values[f"returned_{number}"] = called(a, b)
+    for node, reference in zip(results, expected, strict=True):
+        torch.testing.assert_close(values[node.name], reference, rtol=0, atol=0)
+
+
+@few
+@given(programs)
+def test_a_segment_gives_out_what_is_taken_later_and_nothing_else(program):
+    """What it kept besides would be in memory for no reason."""
+    gm, markers, results = traced(program)
+    segments = cut_at_calls(gm, markers, results)
+    for number, segment in enumerate(segments):
+        later = {name for other in segments[number + 1 :] for name in other.inputs}
+        later |= {marker.args[0].name for call in markers[number:] for marker in call}  # type: ignore[union-attr]
+        assert set(segment.outputs) <= later | {node.name for node in results}
+
+
+@few
+@given(programs)
+def test_every_node_is_in_one_segment_and_the_graph_stays_as_it_is(program):
+    gm, markers, results = traced(program)
+    before = str(gm.graph)
+    segments = cut_at_calls(gm, markers, results)
+    assert str(gm.graph) == before and len(segments) == len(markers) + 1
+    bodies = [n.name for segment in segments for n in segment.gm.graph.nodes if n.op == "call_function"]
+    aliases = {marker.name for call in markers for marker in call}
+    assert bodies == [n.name for n in gm.graph.nodes if n.op == "call_function" and n.name not in aliases]
+    assert all(segment.gm.meta["state"] == ({"x": "weight"} if "x" in segment.inputs else {}) for segment in segments)
+
+
+@pytest.mark.parametrize("is_inside", [True, False])
+def test_a_call_within_a_stretch_without_gradients_is_refused(is_inside: bool) -> None:
+    graph = Graph()
+    x = graph.placeholder("x")
+    marker = None if is_inside else graph.call_function(aten.alias.default, (x,))
+    graph.call_function(torch._C._set_grad_enabled, (False,))
+    marker = marker or graph.call_function(aten.alias.default, (x,))
+    graph.call_function(torch._C._set_grad_enabled, (True,))
+    graph.output((x,))
+    gm = GraphModule(nn.Module(), graph)
+    gm.meta["state"] = {}
+    if is_inside:
+        with pytest.raises(ValueError, match="within a no_grad or autocast stretch"):
+            cut_at_calls(gm, [[marker]], [])
+    else:
+        assert len(cut_at_calls(gm, [[marker]], [])) == 2
