@@ -14,9 +14,11 @@ from torch.utils.checkpoint import checkpoint
 import velora_fx
 from tests.gradients import tightest
 from tests.toys import rows, stack
+from velora_fx.devices import device_rates
 from velora_fx.fake import fake_copy, fake_mode
 from velora_fx.scopes import Scopes
 from velora_fx.simulate import default_loss, make_tracker, optimizer_factory, simulate
+from velora_fx.step_time import StepTimer
 from velora_fx.timeline import Timeline
 
 CPU = torch.device("cpu")
@@ -52,7 +54,7 @@ def timeline_of(
     tracker = make_tracker(fake, CPU)
     return simulate(
         fake, fake_copy(args, mode), {}, make_optimizer=make_optimizer, loss_fn=loss_fn, device=CPU, tracker=tracker,
-        **options,
+        timer=StepTimer(device_rates(CPU)), **options,
     )  # fmt: skip
 
 
@@ -180,7 +182,7 @@ def test_temporaries_of_the_optimizer_are_named_as_such() -> None:
     timeline = simulate(
         fake, fake_copy((torch.zeros(4, 3),), mode), {}, loss_fn=default_loss, device=CPU,
         make_optimizer=lambda copied: torch.optim.AdamW(copied.parameters(), foreach=True),
-        tracker=make_tracker(fake, CPU),
+        tracker=make_tracker(fake, CPU), timer=StepTimer(device_rates(CPU)),
     )  # fmt: skip
     assert "optimizer step: foreach_sqrt [7, 5] float32" in labels(timeline)
     assert timeline.places[-1].name == "optimizer step"
@@ -193,16 +195,20 @@ def test_graphs_of_blocks_are_of_their_block() -> None:
     assert "backward of blocks.1" in {place.name for place in planned.places}
 
 
-def test_compiled_graphs_are_of_their_block_or_of_the_model() -> None:
-    timeline = velora_fx.plan(stack(), 1, (rows(),), target="inductor").planned.timeline
+def test_compiled_graphs_are_of_their_block_or_with_what_surrounds_them_of_the_model() -> None:
+    timeline = velora_fx.plan(stack(num_blocks=6), 1, (rows(),), target="inductor").planned.timeline
     assert timeline is not None
     names = list(dict.fromkeys(place.name for place in timeline.places))
-    forward = [f"forward of blocks.{number}" for number in range(3)]
-    backward = [f"backward of blocks.{number}" for number in reversed(range(3))]
-    assert [name for name in names if "blocks" in name] == forward + backward
-    assert {name for name in names if "blocks" not in name} <= {
-        "", "forward of the model", "start of backward", "start of backward, in the loss", "optimizer step"
-    }  # fmt: skip
+    inner = [f"blocks.{number}" for number in range(1, 5)]
+    assert [name for name in names if "blocks" in name] == [
+        *(f"forward of {name}" for name in inner),
+        *(f"backward of {name}" for name in reversed(inner)),
+    ]
+    last = names.index("backward of blocks.4")
+    assert (
+        names[last - 1] == "start of backward" and "forward of the model" in names[: names.index("forward of blocks.1")]
+    )
+    assert "blocks.1: [4, 8, 64] float32" in labels(timeline)
 
 
 def test_modules_are_called_as_before_when_it_is_over() -> None:
