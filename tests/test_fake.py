@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from tests.allocator import peak_of
 from tests.zoo import ZOO
 from velora_fx.fake import fake_copy, fake_mode, fake_tensor, kernels_of
+from velora_fx.ops import compress
 from velora_fx.tracker import Tracker
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -237,6 +238,28 @@ def test_a_fake_layer_norm_gives_the_strides_and_takes_the_memory_of_the_real_on
     assert strides[0] == strides[1]
     buffers = 64 * 1024  # of the real kernel's threads
     assert real_bytes - buffers <= int(tracker.timeline().live_bytes.max()) - held <= real_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(8, 16), (4096, 256), (16, 64, 384)], ids=str)
+def test_a_fake_compression_takes_the_memory_of_the_real_one(shape, dtype):
+    x, v, mode = torch.zeros(shape, dtype=dtype), torch.ones(shape[-1] // 8, 8), fake_mode()
+    real_bytes = peak_of(lambda: compress(x, v))
+    fakes, tracker = fake_copy([x, v], mode), Tracker()
+    held = sum(tracker.deltas[tracker.watch(tensor)] for tensor in fakes)
+    with tracker, kernels_of(CPU):
+        z = compress(*fakes)
+    assert (z.shape, z.dtype) == ((*shape[:-1], shape[-1] // 8), dtype)
+    assert int(tracker.timeline().live_bytes.max()) - held == real_bytes
+    assert int(tracker.timeline().live_bytes[-1]) - held == z.untyped_storage().nbytes()
+
+
+def test_a_fake_compression_planned_for_a_gpu_takes_the_memory_of_the_plain_expression():
+    x, v, tracker = *fake_copy([torch.zeros(64, 256), torch.ones(32, 8)], fake_mode()), Tracker()
+    held = sum(tracker.deltas[tracker.watch(tensor)] for tensor in (x, v))
+    with tracker, kernels_of(CUDA):
+        compress(x, v)
+    assert int(tracker.timeline().live_bytes.max()) - held == (64 * 256 + 64 * 32) * 4
 
 
 def attention_inputs(dtype: torch.dtype = torch.float32, kv_heads: int = 4, key_length: int = 6) -> list[Tensor]:

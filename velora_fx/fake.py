@@ -12,6 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from velora_fx.ops import compress_blocks, compress_reference
+
 Value = TypeVar("Value")
 Real = Literal["none", "integers", "all"]
 LAYER_NORMS = (torch.ops.aten.native_layer_norm.default, torch.ops.aten.native_layer_norm_backward.default)
@@ -91,13 +93,17 @@ def _tensors_inside(value: Any) -> Iterator[torch.Tensor]:
 
 
 class RealKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Lets fake operators do what the real kernels do and their shape functions do not.
+    """Lets fake operators do what the real kernels of a device do and their shape functions do not.
 
-    `aten._grouped_mm` (mixtures of experts) takes all dtypes, and layer norms and their gradients are made from
-    contiguous copies and are contiguous.
+    `aten._grouped_mm` (mixtures of experts) takes all dtypes; layer norms and their gradients are made from contiguous
+    copies and are contiguous; `velora.compress` takes memory for its products.
     """
 
     supports_higher_order_operators = True
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.device = device
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -109,6 +115,11 @@ class RealKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 groups = a if a.dim() == 3 else args[2] if len(args) > 2 else (kwargs or {})["offs"]
                 shape.insert(0, groups.shape[0])
             return a.new_empty(shape)
+        if func is torch.ops.velora.compress.default and isinstance(args[0], FakeTensor):
+            x, v = args
+            if self.device.type != "cpu":
+                return compress_reference(x, v)
+            compress_blocks(x, v, 1)
         if func in LAYER_NORMS:
             args = tuple(a.contiguous() if isinstance(a, FakeTensor) and a.dim() else a for a in args)
         return func(*args, **(kwargs or {}))
@@ -158,8 +169,7 @@ def _fused_attention(
 def kernels_of(device: torch.device) -> Iterator[None]:
     """The context in which fake operators behave as the kernels of `device` do."""
     fused = device.type == "cuda" and not torch.cuda.is_available()
-    kernels = RealKernels()  # type: ignore[no-untyped-call]
-    with kernels, FusedAttention() if fused else contextlib.nullcontext():
+    with RealKernels(device), FusedAttention() if fused else contextlib.nullcontext():
         yield
 
 

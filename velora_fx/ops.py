@@ -7,6 +7,7 @@ not depend on the row n, so ``dYᵀ x̂ = (dYᵀ z) ⊗ v``, the same number wit
 """
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from math import prod
 from typing import Any
 
@@ -67,12 +68,17 @@ _LINEAR = torch.library.custom_op("velora::linear", _linear_forward, mutates_arg
 @_COMPRESS.register_kernel("cpu")
 def _compress_cpu(x: Tensor, v: Tensor) -> Tensor:
     """``compress_reference`` block by block, so that its temporaries stay in the processor's cache."""
+    return compress_blocks(x, v, None)
+
+
+def compress_blocks(x: Tensor, v: Tensor, num_blocks: int | None) -> Tensor:
+    """The kernel for CPUs, for the first blocks of rows only: the first takes as much memory as any other."""
     _check_compress(x, v)
     accumulator = torch.promote_types(x.dtype, torch.float32)
     v = v.to(accumulator)
     rows = max(1, _BLOCK_BYTES // max(1, v.numel() * accumulator.itemsize))
     z = x.new_empty(*x.shape[:-1], v.shape[0])
-    for x_block, z_block in _row_blocks(x.view(*x.shape[:-1], *v.shape), z, rows):
+    for x_block, z_block in islice(_row_blocks(x.view(*x.shape[:-1], *v.shape), z, rows), num_blocks):
         # One expression, so that a block dies before the next is made; in low precision the cast made a copy to reuse.
         z_block.copy_((x_block * v if x.dtype == accumulator else x_block.to(accumulator).mul_(v)).sum(-1))
     return z
