@@ -16,6 +16,8 @@ from velora_fx.ops import compress_blocks, compress_reference
 
 Value = TypeVar("Value")
 Real = Literal["none", "integers", "all"]
+aten = torch.ops.aten
+ARITHMETIC = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 LAYER_NORMS = (torch.ops.aten.native_layer_norm.default, torch.ops.aten.native_layer_norm_backward.default)
 
 
@@ -96,7 +98,8 @@ class RealKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lets fake operators do what the real kernels of a device do and their shape functions do not.
 
     `aten._grouped_mm` (mixtures of experts) takes all dtypes; layer norms and their gradients are made from contiguous
-    copies and are contiguous; `velora.compress` takes memory for its products.
+    copies and are contiguous; `velora.compress` takes memory for its products. On the CPU, arithmetic on two dtypes
+    first casts an operand.
     """
 
     supports_higher_order_operators = True
@@ -104,6 +107,7 @@ class RealKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
+        self.casts = ARITHMETIC if device.type == "cpu" else ()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -122,6 +126,9 @@ class RealKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
             compress_blocks(x, v, 1)
         if func in LAYER_NORMS:
             args = tuple(a.contiguous() if isinstance(a, FakeTensor) and a.dim() else a for a in args)
+        if func in self.casts and all(isinstance(a, FakeTensor) and a.dim() for a in args):
+            dtype = torch.promote_types(args[0].dtype, args[1].dtype)
+            args = tuple(a.to(dtype) for a in args)
         return func(*args, **(kwargs or {}))
 
 

@@ -91,7 +91,7 @@ def _compile(gm: GraphModule, inputs: Sequence[torch.Tensor], timer: StepTimer, 
         if options.get("is_backward"):
             kept.update(kept_for_backward(graph, num_constants))
         kernels: list[int] = []
-        with _without_kernels(), config.patch(_post_fusion_custom_pass=partial(_note_kernels, kernels)):
+        with without_kernels(), config.patch(_post_fusion_custom_pass=partial(_note_kernels, kernels)):
             code: Any = compile_fx_inner(graph, example_inputs, **options)
         generated = code.current_callable
         _allocate_fakes(generated, mode)
@@ -140,7 +140,7 @@ class _NoKernel:
 
 
 @contextlib.contextmanager
-def _without_kernels() -> Iterator[None]:
+def without_kernels() -> Iterator[None]:
     """Has no kernel compiled: each becomes one that does nothing."""
     from torch._inductor.async_compile import AsyncCompile
 

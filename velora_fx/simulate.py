@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import traceback
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -60,13 +60,28 @@ def simulate(
         for storage in tracker.live():
             if storage not in before:
                 tracker.categories[storage] = "activations"
-        _backward(loss)
-        _watch_gradients(model, tracker)
-        del loss
-        tracker.mark("optimizer step")
-        if optimizer is not None:
-            _optimizer_step(optimizer)
+        with _without_autocast():
+            _backward(loss)
+            _watch_gradients(model, tracker)
+            del loss
+            tracker.mark("optimizer step")
+            if optimizer is not None:
+                _optimizer_step(optimizer)
     return replace(tracker.timeline(), seconds=timer.seconds - started)
+
+
+@contextlib.contextmanager
+def _without_autocast() -> Iterator[None]:
+    """Leaves an ambient autocast, as training code does before backward: the casts of weights that it keeps go."""
+    torch.clear_autocast_cache()
+    enabled = {kind: torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")}
+    try:
+        for kind in enabled:
+            torch.set_autocast_enabled(kind, False)
+        yield
+    finally:
+        for kind, was_enabled in enabled.items():
+            torch.set_autocast_enabled(kind, was_enabled)
 
 
 def make_tracker(model: torch.nn.Module, device: torch.device) -> Tracker:
