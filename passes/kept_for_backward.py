@@ -30,8 +30,8 @@ class Kept:
 def kept_for_backward(gm: GraphModule, num_constants: int = 0) -> dict[str, Kept]:
     """Sorts the uses of each tensor that a partitioned backward graph takes, by the name of its placeholder.
 
-    Output k of such a graph is the gradient of input k of the forward graph, constants first. For `dW = dYᵀ x` the kept x leads through
-    views and casts to a matrix product, and that one through views and casts to an output.
+    Output k of such a graph is the gradient of input k of the forward graph, constants first. For `dW = dYᵀ x` the
+    kept x leads through views and casts to a matrix product, and that one through views and casts to an output.
     """
     outputs = gm.graph.output_node().args[0]
     assert isinstance(outputs, (tuple, list))

@@ -39,7 +39,7 @@ class Instance:
         return highest
 
     def in_order(self, levels: Levels) -> bool:
-        """Items of one group, in the order given, are compressed less and less; those that are covered count as most."""
+        """Items of one group, in the order given, are compressed less and less; covered ones count as most."""
         groups: dict[object, list[int]] = {}
         for item, level in zip(self.items, levels, strict=True):
             is_covered = item.covered_by is not None and levels[item.covered_by] > 0

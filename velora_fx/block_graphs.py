@@ -65,7 +65,8 @@ class BlockGraphs:
         call = make_call(block, args, kwargs)
         if isinstance(forward, Checkpointed):
             checkpoints = [CONTEXTS[forward.recompute]]
-        graph, projections = None, ()
+        graph: RegionGraph | None = None
+        projections: tuple[torch.Tensor, ...] = ()
         if isinstance(forward, Region):
             graph = forward.graph_for(call)
             if graph is not None and graph.gm is not None:

@@ -124,7 +124,7 @@ def replay(
 def instead_of_blocks(model: torch.nn.Module, stand_in: Callable[..., Any]) -> Iterator[None]:
     """Calls `stand_in(name, block, forward, args, kwargs)` for each call of a block; none where nothing repeats."""
     blocks = {name: block for name, block in find_blocks(model).items() if block is not model}
-    before = {name: vars(block).get("forward") for name, block in blocks.items()}
+    before: dict[str, Any] = {name: vars(block).get("forward") for name, block in blocks.items()}
     try:
         for name, block in blocks.items():
             block.forward = _StandIn(name, block, block.forward, stand_in)

@@ -20,7 +20,7 @@ HEADERS = ("budget", "fits", "peak", "compressed", "largest M", "recomputed", "s
 
 def sweep(
     model: torch.nn.Module,
-    budgets_gb: Sequence[float],
+    budgets_gb: Sequence[float | str],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     options: Options,
