@@ -50,7 +50,8 @@ def simulate(
     for name, value in [*((f"input {number}", value) for number, value in enumerate(args)), *kwargs.items()]:
         if isinstance(value, torch.Tensor):
             tracker.watch(value, "activations", name)
-    before, started = set(tracker.live()), timer.seconds
+    before = set(tracker.live())
+    timer.seconds = 0.0
     scopes = tracker.scopes.on() if tracker.scopes else contextlib.nullcontext()
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), scopes, timer, tracker, kernels_of(device):
         tracker.mark("forward")
@@ -67,7 +68,7 @@ def simulate(
             tracker.mark("optimizer step")
             if optimizer is not None:
                 _optimizer_step(optimizer)
-    return replace(tracker.timeline(), seconds=timer.seconds - started)
+    return replace(tracker.timeline(), seconds=timer.seconds)
 
 
 @contextlib.contextmanager
