@@ -153,6 +153,11 @@ def _notes(analysis: Analysis, plan: Plan) -> list[str]:
             "the peak is the optimizer step: what is kept for backward is gone by then, so compressing activations "
             "does not lower it; a smaller optimizer state would (optimizer='sgd', an 8-bit optimizer)"
         )
+    if plan.recomputed and analysis.is_compiled:
+        notes.append(
+            "figures with recompute are those of blocks that are compiled one by one (block.compile()): "
+            "torch.compile(model) may recompute several blocks at once and hold more"
+        )
     if plan.compressed and analysis.findings.empty_caches:
         notes.append("compressed blocks are passed None for an empty key-value cache: in training it is never read")
     for name, reason in analysis.findings.failures.items():
