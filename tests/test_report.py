@@ -39,6 +39,9 @@ def plan(*decisions: Decision, skipped: tuple[Skipped, ...] = (), **fields: Any)
         baseline=peak(GIB, 0, 0, 0, 3 * GIB, 512),
         planned=peak(GIB, 0, 0, 0, GIB, 512),
         decisions=decisions,
+        recomputed=(),
+        exact=None,
+        rates="CPU",
         skipped=skipped,
         notes=(),
         projection="signs",
@@ -61,10 +64,15 @@ def test_the_report_shows_memory_before_and_after_decisions_and_what_is_skipped(
             *(Skipped(f"{name}.self_attn.o_proj", "input also saved by attention") for name in layers),
             Skipped("lm_head", "it is the output head over a vocabulary"),
         ),
-        baseline=replace(peak(GIB, 0, 0, 0, 3 * GIB, 512, overhead=704 * MIB), place="start of backward, in the loss"),
+        baseline=replace(
+            peak(GIB, 0, 0, 0, 3 * GIB, 512, overhead=704 * MIB),
+            place="start of backward, in the loss",
+            step_seconds=2.0,
+        ),
         planned=replace(
             peak(GIB, 0, 0, 0, GIB, 512, overhead=704 * MIB),
             place="start of backward, in the loss",
+            step_seconds=1.8,
             there=Group("[16, 32000] float32", 3, 12 * MIB),
             largest=(
                 Group("model.layers.0-31.mlp: linear [2, 8, 4096] bfloat16", 64, 8 * MIB),
@@ -82,6 +90,7 @@ step            eager on cpu, optimizer sgd
 budget          3.00 GiB
 predicted peak  4.69 GiB -> 2.69 GiB, at the start of backward, in the loss: 3 x [16, 32000] float32 12.00 MiB
 verdict         fits, 320.00 MiB to spare
+step time       x0.90 of the untouched, on CPU rates
 approximate     gradients of 96 weights (projection signs, seed 7)
 
 at the peak        before       after
