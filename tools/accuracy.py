@@ -155,9 +155,7 @@ def _measure(row: Row) -> Row:
     model = CASES[row.device][row.model].make().train()
     model.to(row.device, torch.bfloat16 if row.device == "cuda" else torch.float32)
     batch = batch_of(model, row.batch_size, row.length)
-    plan = make_plan(model, batch, row.target, row.plan)
-    if plan.compressed:
-        velora_fx.optimize(model, plan=plan, example_inputs=batch, target=row.target)
+    plan = prepare(model, batch, row.target, row.plan)
     measured, reserved = measured_peak(model, batch, compiled=row.target == "inductor")
     predicted = plan.planned.peak_bytes - plan.overhead_bytes
     return replace(
@@ -172,8 +170,8 @@ def _measure(row: Row) -> Row:
     )
 
 
-def make_plan(model: nn.Module, batch: dict[str, Tensor], target: str, name: str) -> velora_fx.Plan:
-    """The plan that `name` (of PLANS) stands for."""
+def prepare(model: nn.Module, batch: dict[str, Tensor], target: str, name: str) -> velora_fx.Plan:
+    """Applies the plan that `name` (of PLANS) stands for, and returns it."""
     if name == "nothing":
         return velora_fx.plan(model, None, batch, target=target)
     try:
@@ -181,9 +179,11 @@ def make_plan(model: nn.Module, batch: dict[str, Tensor], target: str, name: str
     except velora_fx.BudgetError as error:
         tightest = error.plan
     if name == "all":
-        return tightest
-    budget_bytes = (tightest.planned.peak_bytes + tightest.baseline.peak_bytes) / 2
-    return velora_fx.plan(model, budget_bytes / GIB, batch, target=target)
+        velora_fx.optimize(model, plan=tightest, example_inputs=batch, target=target)
+    else:
+        budget_bytes = (tightest.planned.peak_bytes + tightest.baseline.peak_bytes) / 2
+        velora_fx.optimize(model, budget_bytes / GIB, batch, target=target)
+    return velora_fx.plan_of(model)
 
 
 def measured_peak(model: nn.Module, batch: dict[str, Tensor], compiled: bool) -> tuple[int, int | None]:

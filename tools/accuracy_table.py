@@ -43,7 +43,7 @@ class Row:
     @property
     def difference(self) -> float:
         """(predicted - measured) / measured."""
-        return self.predicted_bytes / self.measured_bytes - 1
+        return (self.predicted_bytes - self.measured_bytes) / self.measured_bytes
 
 
 def is_within(row: Row) -> bool:
