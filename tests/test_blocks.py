@@ -19,7 +19,8 @@ def test_blocks_are_found_in_order_and_equal_ones_keep_equally_much() -> None:
     model = llama().train()
     blocks = analysis_of(model, **batch_of(model)).blocks
     assert [block.name for block in blocks] == [f"model.layers.{number}" for number in range(3)]
-    assert len({block.kept_bytes for block in blocks}) == 1
+    # The first block's input is kept by itself alone, the others' by the block before too.
+    assert len({block.kept_bytes for block in blocks[1:]}) == 1
     assert [block.first for block in blocks] == sorted(block.first for block in blocks)
     assert [block.end for block in blocks] == sorted((block.end for block in blocks), reverse=True)
 
@@ -43,7 +44,7 @@ def test_blocks_that_are_checkpointed_already_or_cannot_be_captured_are_left_out
             self.inner = nn.Sequential(nn.Linear(32, 32), nn.ReLU())
 
         def forward(self, x: Tensor, mask: Tensor | None = None, cache: None = None) -> Tensor:
-            print(end="" if x.register_hook(lambda g: None) else "")
+            x.register_hook(lambda gradient: None)  # which a graph would not do
             result: Tensor = self.inner(x)
             return result
 

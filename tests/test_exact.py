@@ -12,48 +12,56 @@ from torch import nn
 import velora_fx
 from tests.allocator import peak_of
 from tests.gradients import assert_same_gradients, tightest
-from tests.test_memory import batch_of, llama, tensor_bytes
+from tests.test_memory import tensor_bytes
+from tests.toys import rows, stack
+
+BATCH = (rows(64, 64, 64),)
 
 
-def compiled_peak(model: nn.Module, batch: dict[str, torch.Tensor], by_blocks: bool) -> int:
+def model_without_dropout() -> nn.Module:
+    model = stack(width=64)
+    for block in model.blocks:
+        block.dropout.p = 0.0
+    return model
+
+
+def compiled_peak(model: nn.Module, by_blocks: bool) -> int:
     """Peak bytes of a compiled step without an optimizer: the whole model's, or one in which each block is compiled."""
     torch._dynamo.reset()
     if by_blocks:
-        for block in model.model.layers:
+        for block in model.blocks:
             block.compile(fullgraph=True)
     run = model if by_blocks else torch.compile(model, fullgraph=True)
 
     def step() -> None:
-        run(**batch, use_cache=False).loss.backward()
+        run(*BATCH).backward()
 
     step()
     model.zero_grad()
-    return tensor_bytes([*model.parameters(), *model.buffers(), *batch.values()]) + peak_of(step)
+    return tensor_bytes([*model.parameters(), *BATCH]) + peak_of(step)
 
 
 def test_the_compilers_own_recompute_reaches_what_the_plan_says() -> None:
-    model = llama().train()
-    batch = batch_of(model)
-    tight = tightest(model, batch, target="inductor", optimizer="none")
-    budget = (tight.planned.peak_bytes + tight.baseline.peak_bytes) / 2
-    plan = velora_fx.plan(model, budget / 2**30, batch, target="inductor", optimizer="none")
+    model = model_without_dropout()
+    tight = tightest(model, BATCH, target="inductor", optimizer="none")
+    plan = velora_fx.plan(model, (tight.baseline.peak_bytes - 1) / 2**30, BATCH, target="inductor", optimizer="none")
     assert plan.compressed and plan.exact is not None and plan.exact.means == "compiler"
     with torch._functorch.config.patch(ban_recompute_materialized_backward=False):
-        measured = compiled_peak(model, batch, by_blocks=False)
+        measured = compiled_peak(model, by_blocks=False)
     assert abs(plan.exact.peak_bytes - measured) <= 0.03 * measured
     assert "ban_recompute_materialized_backward=False" in str(plan)
 
 
 def test_compiled_by_blocks_an_exact_plan_fits_and_its_gradients_are_the_untouched_ones() -> None:
-    torch.manual_seed(0)
-    model = llama().train()
-    batch, reference = {**batch_of(model)}, copy.deepcopy(model)
+    model = model_without_dropout()
+    reference = copy.deepcopy(model)
+    options = {"target": "inductor", "optimizer": "none", "exact_only": True}
     with pytest.raises(velora_fx.BudgetError) as raised:
-        velora_fx.plan(model, 1e-9, batch, target="inductor", optimizer="none", exact_only=True)
+        velora_fx.plan(model, 1e-9, BATCH, **options)
     tight = raised.value.plan
-    velora_fx.optimize(model, plan=tight, example_inputs=batch, target="inductor", optimizer="none")
-    measured = compiled_peak(model, batch, by_blocks=True)
+    velora_fx.optimize(model, plan=tight, example_inputs=BATCH, **options)
+    measured = compiled_peak(model, by_blocks=True)
     assert abs(tight.planned.peak_bytes - measured) <= 0.03 * measured
     assert any("compiled one by one" in note for note in tight.notes)
-    reference(**batch).loss.backward()
+    reference(*BATCH).backward()
     assert_same_gradients(model, reference)
