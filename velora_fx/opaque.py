@@ -20,7 +20,7 @@ from velora_fx.limits import CaptureError
 from velora_fx.region import make_call
 from velora_fx.regions import find_blocks
 
-MAX_TRACED = 8
+ALL_TRACED, MAX_TRACED = 4, 8
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,9 @@ def record(
 def inner_calls(calls: Sequence[BlockCall]) -> frozenset[int]:
     """The numbers of the calls to leave out of a trace: those within runs of equal ones, and checkpointed ones.
 
-    A compiler makes the same of each within a run. The ends of a run are compiled with what surrounds them: there the
-    peaks of a step are. Where blocks alternate so that more than MAX_TRACED would be, only the ends of the model are.
+    A compiler makes nearly the same of each within a run. The ends of a run are compiled with what surrounds them: there
+    the peaks of a step are. Where blocks alternate so that more than MAX_TRACED would be, only the ends of the model
+    are. Of no more than ALL_TRACED calls none is left out.
     """
     kinds = [None if call.gm is None else id(call.gm) for call in calls]
     known = [number for number in range(1, len(calls) - 1) if kinds[number] is not None]
@@ -85,7 +86,7 @@ def inner_calls(calls: Sequence[BlockCall]) -> frozenset[int]:
     if len(calls) - len(inner) > MAX_TRACED:
         inner = known
     recomputing = [number for number, call in enumerate(calls) if call.recomputes]
-    return frozenset(inner if len(inner) > 1 else ()) | frozenset(recomputing)
+    return frozenset(inner if len(calls) > ALL_TRACED else ()) | frozenset(recomputing)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
-"""A graph cut at calls does what the whole graph does, and gives out no more than is needed."""
+"""A graph cut at calls of other code gives, run piece by piece, what the whole gives."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +12,119 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
-from velora_fx.passes.cut_at_calls import cut_at_calls
+from tests.graph_text import golden, graph_text, prepared
+from velora_fx.capture import state_of
+from velora_fx.passes.cut_at_calls import Segment, cut_at_calls
+
+WIDTH = 8
+
+
+class Around(nn.Module):
+    """What a model does around two calls of a block, of which `alias` marks the arguments and `y0`, `y1` return."""
+
+    def __init__(self, stretch: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2)
+        self.stretch = stretch
+
+    def forward(self, x: Tensor, y0: Tensor, y1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        shift = x.cos()
+        h = torch.ops.aten.alias.default(self.first(x).relu())
+        if self.stretch:
+            with torch.no_grad():
+                g = torch.ops.aten.alias.default(y0 + shift)
+                y1 = y1 * 2
+        else:
+            g = torch.ops.aten.alias.default(y0 + shift)
+        return self.last(y1), h, g
+
+
+def tensors() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(3, WIDTH, generator=generator) for _ in range(3)]
+
+
+def cut(gm: GraphModule) -> tuple[Segment, ...]:
+    """Cuts the graph of `Around` at its markers."""
+    result, *markers = outputs_of(gm)
+    return cut_at_calls(gm, [[marker] for marker in markers], [result])
+
+
+def outputs_of(gm: GraphModule) -> list[Node]:
+    outputs: Any = gm.graph.output_node().args[0]
+    return list(outputs)
+
+
+def test_there_is_one_segment_more_than_calls_each_with_what_it_takes_and_gives() -> None:
+    gm = prepared(Around(), *tensors())
+    segments = cut(gm)
+    assert [graph_text(segment.gm) for segment in segments] == [
+        golden(
+            """
+            %0: f32[s0, s1] = cos(%x)
+            %1: f32[s0, 8] = linear(%x, %first.weight, %first.bias)
+            %2: f32[s0, 8] = relu(%1)
+            return (%0, %2)
+            """
+        ),
+        golden(
+            """
+            %0: f32[s0, 8] = add(%x, %cos)
+            return (%0)
+            """
+        ),
+        golden(
+            """
+            %0: f32[s0, 2] = linear(%x, %last.weight, %last.bias)
+            return (%0)
+            """
+        ),
+    ]
+    assert segments[1].inputs[1] == segments[0].outputs[0]  # the shift is made before the first call, used after it
+
+
+def test_run_one_after_the_other_the_segments_give_what_the_whole_gives() -> None:
+    module = Around()
+    gm = prepared(module, *tensors())
+    inputs = [*state_of(module).values(), *tensors()]
+    values = dict(zip([node.name for node in gm.graph.find_nodes(op="placeholder")], inputs, strict=True))
+    for segment in cut(gm):
+        outputs = segment.gm(*(values[name] for name in segment.inputs))
+        values.update(zip(segment.outputs, outputs, strict=True))
+    result, *markers = outputs_of(gm)
+    expected: Sequence[Tensor] = gm(*inputs)
+    torch.testing.assert_close(values[result.name], expected[0])
+    for marker, value in zip(markers, expected[1:], strict=True):
+        source = marker.args[0]
+        assert isinstance(source, Node)
+        torch.testing.assert_close(values[source.name], value)
+
+
+def test_the_parameters_of_a_segment_keep_their_names() -> None:
+    first, middle, last = cut(prepared(Around(), *tensors()))
+    assert sorted(first.gm.meta["state"].values()) == ["first.bias", "first.weight"]
+    assert middle.gm.meta["state"] == {}
+    assert sorted(last.gm.meta["state"].values()) == ["last.bias", "last.weight"]
+
+
+def test_without_calls_the_only_segment_is_the_graph() -> None:
+    gm = prepared(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU()), tensors()[0])
+    (segment,) = cut_at_calls(gm, [], outputs_of(gm))
+    assert graph_text(segment.gm) == graph_text(gm)
+
+
+def test_the_graph_that_is_cut_stays_as_it_is() -> None:
+    gm = prepared(Around(), *tensors())
+    before = graph_text(gm)
+    cut(gm)
+    assert graph_text(gm) == before
+
+
+def test_a_captured_call_within_a_stretch_without_gradients_is_refused() -> None:
+    with pytest.raises(ValueError, match="within a no_grad or autocast stretch"):
+        cut(prepared(Around(stretch=True), *tensors()))
+
 
 aten = torch.ops.aten
 few = settings(max_examples=100, deadline=None, derandomize=True)

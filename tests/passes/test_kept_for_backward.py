@@ -1,19 +1,113 @@
-"""What a kept tensor is said to be for is what changes in backward when the tensor does."""
+"""What a compiled backward needs each kept tensor for, in the graphs that AOTAutograd's partitioner makes."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from functorch.compile import aot_function, make_boxed_func, min_cut_rematerialization_partition
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch._functorch.aot_autograd import aot_module_simplified
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
-from velora_fx.passes.kept_for_backward import kept_for_backward
+from tests.graph_text import prepared
+from velora_fx.capture import state_of
+from velora_fx.passes.kept_for_backward import Kept, kept_for_backward
+
+ROWS, WIDTH, HIDDEN = 12, 8, 16
+
+
+def backward_of(module: nn.Module, *tensors: Tensor) -> GraphModule:
+    """The backward graph of the module's forward, whose inputs are its parameters and then the tensors."""
+    found: list[GraphModule] = []
+
+    def compiler(gm: GraphModule, inputs: Any) -> Any:
+        found.append(gm)
+        return make_boxed_func(gm.forward)
+
+    inputs = [*state_of(module).values(), *tensors]
+    compiled = aot_module_simplified(
+        prepared(module, *tensors),
+        inputs,
+        fw_compiler=lambda gm, inputs: make_boxed_func(gm.forward),
+        bw_compiler=compiler,
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    compiled(*inputs)[0].sum().backward()
+    return found[0]
+
+
+def kept_by(gm: GraphModule, num_constants: int = 0) -> list[Kept]:
+    """The uses of each kept tensor; the gradients that backward is given are none."""
+    found = kept_for_backward(gm, num_constants)
+    return [kept for name, kept in found.items() if not name.startswith("tangents")]
+
+
+def widths(gm: GraphModule, num_constants: int = 0) -> dict[int, int]:
+    """The width of the input of each product, by the number of its weight."""
+    return {number: width for kept in kept_by(gm, num_constants) for number, width in kept.gradients_of}
+
+
+class Linears(nn.Module):
+    def __init__(self, transposed: bool = False) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, HIDDEN, bias=False), nn.Linear(HIDDEN, WIDTH + 1, bias=False)
+        self.transposed = nn.Parameter(torch.randn(WIDTH + 1, 5)) if transposed else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.down(F.gelu(self.up(x)))
+        return y if self.transposed is None else y @ self.transposed
+
+
+def test_inputs_of_linears_are_kept_for_the_gradients_of_their_weights_alone() -> None:
+    kept = kept_by(backward_of(Linears(), torch.randn(ROWS, WIDTH)))
+    assert Kept(((0, WIDTH),), ()) in kept
+    assert Kept(((1, HIDDEN),), ()) in kept
+    others = [use for use in kept if not use.gradients_of]
+    assert {operation for use in others for operation in use.operations} >= {"gelu_backward", "mm"}
+
+
+def test_the_width_is_that_of_the_input_also_where_the_weight_is_stored_transposed() -> None:
+    names = [name for name, _ in Linears(transposed=True).named_parameters()]
+    expected = {"transposed": WIDTH + 1, "up.weight": WIDTH, "down.weight": HIDDEN}
+    found = widths(backward_of(Linears(transposed=True), torch.randn(ROWS, WIDTH)))
+    assert found == {number: expected[name] for number, name in enumerate(names)}
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(WIDTH, HIDDEN, bias=False), nn.Linear(WIDTH, HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) * self.b(x) + x.cos().sum()
+
+
+def test_one_tensor_may_be_kept_for_several_weights_and_operations() -> None:
+    kept = kept_by(backward_of(Shared(), torch.randn(ROWS, WIDTH).requires_grad_()))
+    (shared,) = [use for use in kept if len(use.gradients_of) > 1]
+    assert sorted(shared.gradients_of) == [(0, WIDTH), (1, WIDTH)]
+    assert shared.operations == ("sin",)
+
+
+@pytest.mark.parametrize(("num_constants", "expected"), [(0, {0: WIDTH, 1: HIDDEN}), (1, {0: HIDDEN})])
+def test_gradients_are_numbered_from_the_first_input_that_is_no_constant(
+    num_constants: int, expected: dict[int, int]
+) -> None:
+    assert widths(backward_of(Linears(), torch.randn(ROWS, WIDTH)), num_constants) == expected
+
+
+def test_the_graph_stays_as_it_is() -> None:
+    gm = backward_of(Linears(), torch.randn(ROWS, WIDTH))
+    before = gm.graph.python_code("self").src
+    kept_for_backward(gm)
+    assert gm.graph.python_code("self").src == before
+
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
 ROWS, WIDTHS = (2, 3), (4, 6)
@@ -48,7 +142,7 @@ def forward(program: list[tuple[str, int]], x: Tensor, weights: list[Tensor]) ->
     return values[-1].sin().sum()
 
 
-def backward_of(program: list[tuple[str, int]]) -> tuple[GraphModule, list[Any]]:
+def partitioned(program: list[tuple[str, int]]) -> tuple[GraphModule, list[Any]]:
     """The backward graph that the partitioner makes, and what it is called with."""
     torch.manual_seed(0)
     x = torch.randn(*ROWS, WIDTHS[0], dtype=torch.float64, requires_grad=True)
@@ -76,7 +170,7 @@ def backward_of(program: list[tuple[str, int]]) -> tuple[GraphModule, list[Any]]
 @few
 @given(steps)
 def test_a_tensor_kept_for_gradients_alone_changes_those_and_no_other_output(program):
-    gm, inputs = backward_of(program)
+    gm, inputs = partitioned(program)
     placeholders = gm.graph.find_nodes(op="placeholder")
     kept = kept_for_backward(gm)
     assert set(kept) == {node.name for node in placeholders}
@@ -99,7 +193,7 @@ def test_a_tensor_kept_for_gradients_alone_changes_those_and_no_other_output(pro
 
 def test_the_uses_of_what_a_small_network_keeps() -> None:
     """Inputs of linears for the gradients of their weights (inputs 1 and 2), weights for the next product or for dx."""
-    gm, _ = backward_of([("linear", 0), ("gelu", 0), ("linear", 1)])
+    gm, _ = partitioned([("linear", 0), ("gelu", 0), ("linear", 1)])
     kept = kept_for_backward(gm).values()
     assert {entry.gradients_of: entry.operations for entry in kept if entry.gradients_of} == {
         ((0, 4),): (), ((1, 4),): (), ((2, 4),): ()
