@@ -16,7 +16,7 @@ from velora_fx.checkpointing import CONTEXTS, Checkpointed
 from velora_fx.fake import fake_tensor
 from velora_fx.graphs import Call, RegionGraph, find_graph, key_of
 from velora_fx.passes.recompute_in_backward import recompute_in_backward
-from velora_fx.region import Region, make_call
+from velora_fx.region import Region, is_checkpointed, make_call
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,6 @@ class FoundGraph:
     graph: RegionGraph
     gm: GraphModule
     projections: tuple[torch.Tensor, ...]
-    recomputes: bool
     plain: GraphModule
 
     @property
@@ -65,6 +64,8 @@ class BlockGraphs:
         call = make_call(block, args, kwargs)
         if isinstance(forward, Checkpointed):
             checkpoints = [CONTEXTS[forward.recompute]]
+        elif is_checkpointed(block):
+            checkpoints = [*checkpoints, None]
         graph: RegionGraph | None = None
         projections: tuple[torch.Tensor, ...] = ()
         if isinstance(forward, Region):
@@ -85,7 +86,7 @@ class BlockGraphs:
             if id(graph) not in self._filling:
                 self._filling[id(graph)] = filling_graph(block, args, kwargs, caches)
             plain = gm = self._filling[id(graph)]
-        return FoundGraph(call, graph, gm, projections, bool(checkpoints), plain)
+        return FoundGraph(call, graph, gm, projections, plain)
 
 
 def _fakes(tensors: Sequence[torch.Tensor], like: Any) -> tuple[torch.Tensor, ...]:

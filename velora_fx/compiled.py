@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from velora_fx.capture import state_of
 from velora_fx.fake import kernels_of
@@ -17,7 +17,8 @@ from velora_fx.inductor import Inductor, Observe
 from velora_fx.one_graph import OneGraph
 from velora_fx.opaque import BlockCall, inner_calls, record
 from velora_fx.passes.cut_at_calls import cut_at_calls
-from velora_fx.trace import tensors_of, trace
+from velora_fx.passes.join_graphs import Piece, join_graphs
+from velora_fx.trace import Trace, tensors_of, trace
 
 ObserverOf = Callable[[Mapping[int, str]], Observe]
 Inside = Callable[[str], AbstractContextManager[None]]
@@ -30,16 +31,10 @@ def unobserved(state: Mapping[int, str]) -> Observe:
 
 @dataclass(frozen=True)
 class Step:
-    """A graph to run, with the names of its inputs (those of its state first) and outputs among all values.
-
-    `name` is that of the block it stands for, "" for what is compiled around such blocks.
-    """
+    """A graph to run; `name` is that of the block it stands for, "" for what is compiled around such blocks."""
 
     name: str
-    gm: GraphModule
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    state: Mapping[int, str]
+    piece: Piece
 
 
 @dataclass(frozen=True)
@@ -78,13 +73,14 @@ class CompiledForward:
         """The results of the program for the model's state and the tensors that it is called with."""
         program = self.program
         values = {**dict(zip(program.names, tensors, strict=True)), **program.constants}
-        last = {name: number for number, step in enumerate(program.steps) for name in step.inputs}
+        last = {name: number for number, step in enumerate(program.steps) for name in step.piece.inputs}
         for number, step in enumerate(program.steps):
+            piece = step.piece
             with self.inside(step.name):
-                outputs = self.inductor.run(step.gm, [values[n] for n in step.inputs], self.observer_of(step.state))
-            values.update(zip(step.outputs, outputs, strict=True))
+                outputs = self.inductor.run(piece.gm, [values[n] for n in piece.inputs], self.observer_of(piece.state))
+            values.update(zip(piece.outputs, outputs, strict=True))
             del outputs
-            for name in {*step.inputs, *step.outputs}:
+            for name in {*piece.inputs, *piece.outputs}:
                 if last.get(name, number) <= number and name not in program.results:
                     del values[name]
         return [values[name] for name in program.results]
@@ -108,44 +104,58 @@ def compiled_forward(
     """
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), kernels_of(inductor.device):
         calls = record(model, args, kwargs, graphs)
-        known = frozenset(number for number, call in enumerate(calls) if call.gm is not None)
-        program = _program(model, args, kwargs, calls, known if by_blocks else inner_calls(calls))
+        program = _program(trace(model, args, kwargs, calls), calls, by_blocks)
     return CompiledForward(model, program, inductor, observer_of, inside)
 
 
-def _program(
-    model: torch.nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    calls: Sequence[BlockCall],
-    left_out: Collection[int],
-) -> Program:
-    traced = trace(model, args, kwargs, calls, left_out)
-    gm, apart = traced.gm, [call for number, call in enumerate(calls) if number in left_out]
+def _program(traced: Trace, calls: Sequence[BlockCall], by_blocks: bool) -> Program:
+    gm, apart = traced.gm, [(number, call) for number, call in enumerate(calls) if call.gm is not None]
     names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
     outputs = list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
-    num_names = len(names) - sum(len(call.outputs) for call in apart)
+    num_names = len(names) - sum(len(call.outputs) for call in calls)
     state = {full: name for name, full in gm.meta["state"].items()}
     returned, marked = iter(names[num_names:]), iter(outputs[traced.num_results :])
-    markers = [list(islice(marked, call.num_tensors)) for call in apart]
+    markers = [list(islice(marked, call.num_tensors)) for _, call in apart]
     constants: dict[str, torch.Tensor] = {}
-    steps: list[Step] = []
     results = [node.name for node in outputs[: traced.num_results]]
-    for number, segment in enumerate(cut_at_calls(gm, markers, outputs[: traced.num_results])):
-        if segment.outputs:
-            own = segment.gm.meta["state"]
-            numbers = {k: own[name] for k, name in enumerate(segment.inputs) if name in own}
-            steps.append(Step("", segment.gm, segment.inputs, segment.outputs, numbers))
-        if number < len(apart):
-            call = apart[number]
-            assert call.gm is not None
-            projections = {f"projection_{number}_{k}": v for k, v in enumerate(call.projections)}
-            constants.update(projections)
-            inputs = (*(state[full] for full in call.state), *map(_name, markers[number]), *projections)
-            names_returned = tuple(islice(returned, len(call.outputs)))
-            steps.append(Step(call.name, call.gm, inputs, names_returned, dict(enumerate(call.state))))
-            results += names_returned[len(names_returned) - call.num_cached :] if traced.returns_caches else ()
-    return Program(tuple(steps), tuple(names[:num_names]), constants, tuple(results), traced.rebuild)
+    inner = frozenset(range(len(calls))) if by_blocks else inner_calls(calls)
+    steps: list[Step] = []
+    around: list[list[Piece]] = [[]]
+    for position, segment in enumerate(cut_at_calls(gm, markers, outputs[: traced.num_results])):
+        own = segment.gm.meta["state"]
+        numbers = {k: own[name] for k, name in enumerate(segment.inputs) if name in own}
+        around[-1] += [Piece(segment.gm, segment.inputs, segment.outputs, numbers)] if segment.outputs else []
+        if position == len(apart):
+            break
+        number, call = apart[position]
+        assert call.gm is not None
+        projections = {f"projection_{number}_{k}": v for k, v in enumerate(call.projections)}
+        constants.update(projections)
+        inputs = (*(state[full] for full in call.state), *map(_name, markers[position]), *projections)
+        names_returned = tuple(islice(returned, len(call.outputs)))
+        results += names_returned[len(names_returned) - call.num_cached :] if traced.returns_caches else ()
+        piece = Piece(call.gm, inputs, names_returned, dict(enumerate(call.state)))
+        if number in inner:
+            steps.append(Step(call.name, piece))
+            around.append([])
+        else:
+            around[-1].append(piece)
+    joined = _joined(around, steps, results)
+    return Program(joined, tuple(names[:num_names]), constants, tuple(results), traced.rebuild)
+
+
+def _joined(around: Sequence[Sequence[Piece]], steps: Sequence[Step], results: Sequence[str]) -> tuple[Step, ...]:
+    """The steps, with what lies between them as one graph each."""
+    found: list[Step] = []
+    for number, pieces in enumerate(around):
+        later = [
+            *(piece for group in around[number + 1 :] for piece in group),
+            *(step.piece for step in steps[number:]),
+        ]
+        needed = {*results, *(name for piece in later for name in piece.inputs)}
+        found += [Step("", join_graphs(pieces, needed))] if pieces else []
+        found += steps[number : number + 1]
+    return tuple(found)
 
 
 def _name(marker: Node) -> str:

@@ -1,9 +1,9 @@
-"""The calls that a model makes of its repeated blocks, recorded once; equal ones are then left out of a trace."""
+"""The calls that a model makes of its repeated blocks, recorded once and then left out of a trace."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -20,7 +20,7 @@ from velora_fx.limits import CaptureError
 from velora_fx.region import make_call
 from velora_fx.regions import find_blocks
 
-ALL_TRACED, MAX_TRACED = 4, 8
+ALL_JOINED, MAX_JOINED = 4, 8
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class BlockCall:
     """One call of a block: its name, its graph, its state by the model's names, its projections, how many tensors it
     was given, and what `gm` returned: the outputs of `graph`, and then what it leaves in a key-value cache.
 
-    Both graphs are None for a call that none stands for. `recomputes` tells that it is checkpointed.
+    Both graphs are None for a call that none stands for.
     """
 
     name: str
@@ -39,7 +39,6 @@ class BlockCall:
     num_tensors: int = 0
     outputs: tuple[torch.Tensor, ...] = ()
     num_cached: int = 0
-    recomputes: bool = False
 
 
 def record(
@@ -60,12 +59,7 @@ def record(
         num_results = len(found.captured.slots)
         state = tuple(names[id(tensor)] for tensor in found.call.state.values())
         num_tensors, num_cached = len(found.call.tensors) - len(state), len(outputs) - num_results
-        calls.append(
-            BlockCall(
-                name, found.graph, found.gm, state, found.projections, num_tensors, outputs, num_cached,
-                found.recomputes,
-            )
-        )  # fmt: skip
+        calls.append(BlockCall(name, found.graph, found.gm, state, found.projections, num_tensors, outputs, num_cached))
         return found.graph.result(outputs[:num_results])
 
     with inlined_checkpoints() as checkpoints, instead_of_blocks(model, recorded), as_compiled():
@@ -74,41 +68,39 @@ def record(
 
 
 def inner_calls(calls: Sequence[BlockCall]) -> frozenset[int]:
-    """The numbers of the calls to leave out of a trace: those within runs of equal ones, and checkpointed ones.
+    """The numbers of the calls to compile apart: those within runs of equal ones, of which a compiler makes nearly the
+    same each.
 
-    A compiler makes nearly the same of each within a run. The ends of a run are compiled with what surrounds them: there
-    the peaks of a step are. Where blocks alternate so that more than MAX_TRACED would be, only the ends of the model
-    are. Of no more than ALL_TRACED calls none is left out.
+    The ends of a run are compiled with what surrounds them: there the peaks of a step are. Where blocks alternate so
+    that more than MAX_JOINED would be, only the ends of the model are. Of no more than ALL_JOINED calls none is apart.
     """
+    if len(calls) <= ALL_JOINED:
+        return frozenset()
     kinds = [None if call.gm is None else id(call.gm) for call in calls]
     known = [number for number in range(1, len(calls) - 1) if kinds[number] is not None]
     inner = [number for number in known if kinds[number - 1] == kinds[number] == kinds[number + 1]]
-    if len(calls) - len(inner) > MAX_TRACED:
-        inner = known
-    recomputing = [number for number, call in enumerate(calls) if call.recomputes]
-    return frozenset(inner if len(calls) > ALL_TRACED else ()) | frozenset(recomputing)
+    return frozenset(inner if len(calls) - len(inner) <= MAX_JOINED else known)
 
 
 @contextlib.contextmanager
 def replay(
-    model: torch.nn.Module, calls: Sequence[BlockCall], left_out: Collection[int], outputs: Sequence[torch.Tensor]
+    model: torch.nn.Module, calls: Sequence[BlockCall], outputs: Sequence[torch.Tensor]
 ) -> Iterator[list[torch.Tensor]]:
-    """Has the calls of these numbers return `outputs`, in order; yields the aliases of the tensors they are given.
+    """Has the calls that have graphs return `outputs`, in order; yields the aliases of the tensors they are given.
 
-    The other calls run as they are. CaptureError where something else than these calls is checkpointed.
+    The other calls run as they are. CaptureError where one of these is checkpointed.
     """
     marked: list[torch.Tensor] = []
-    numbered, returned = iter(enumerate(calls)), iter(outputs)
+    recorded, returned = iter(calls), iter(outputs)
 
     def replayed(name: str, block: torch.nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        number, call = next(numbered, (len(calls), BlockCall("nothing")))
+        call = next(recorded, BlockCall("nothing"))
         if call.name != name:
             raise CaptureError(f"{name} is called in tracing where otherwise {call.name} is")
-        if number not in left_out:
+        if call.graph is None:
             if checkpoints:
                 raise CaptureError(f"{name} is checkpointed and could not be captured")
             return forward(*args, **kwargs)
-        assert call.graph is not None
         given = make_call(block, args, kwargs)
         tensors = given.tensors[len(given.state) :]
         if len(tensors) != call.num_tensors:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,9 +51,8 @@ def trace(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     calls: Sequence[BlockCall],
-    left_out: Collection[int],
 ) -> Trace:
-    """Traces a fake model's forward for fake inputs, the calls of the given numbers left out.
+    """Traces a fake model's forward for fake inputs, the calls that have graphs left out.
 
     What these return are the graph's last inputs. Raises ValueError for a model that cannot be traced as a whole, or
     that returns something else than tensors, constants and caches.
@@ -69,7 +68,7 @@ def trace(
             filled = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
             call_args, call_kwargs = _pytree.tree_unflatten(filled, spec)
             named = dict(zip(state, ts, strict=False))
-            with replay(model, calls, left_out, list(given)) as marked, refusals(), as_compiled():
+            with replay(model, calls, list(given)) as marked, refusals(), as_compiled():
                 output = torch.func.functional_call(model, named, call_args, call_kwargs)
             result["leaves"], result["structure"] = _pytree.tree_flatten(output)
             held = [tensor for leaf in result["leaves"] if _is_cache(leaf) for tensor in tensors_inside(leaf)]
@@ -77,8 +76,7 @@ def trace(
             result["num_results"] = len(results)
             return [*results, *marked]
 
-    apart = [call for number, call in enumerate(calls) if number in left_out]
-    inputs = [*state.values(), *tensors, *(tensor for call in apart for tensor in call.outputs)]
+    inputs = [*state.values(), *tensors, *(tensor for call in calls for tensor in call.outputs)]
     try:
         with isolated():
             program = torch.export.export(Shim(), (fakes_of(inputs),), strict=False)
