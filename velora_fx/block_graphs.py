@@ -16,6 +16,7 @@ from velora_fx.checkpointing import CONTEXTS, Checkpointed
 from velora_fx.fake import fake_tensor
 from velora_fx.graphs import Call, RegionGraph, find_graph, key_of
 from velora_fx.passes.recompute_in_backward import recompute_in_backward
+from velora_fx.probe import without_checkpointing
 from velora_fx.region import Region, is_checkpointed, make_call
 
 
@@ -73,7 +74,8 @@ class BlockGraphs:
             if graph is not None and graph.gm is not None:
                 projections = _fakes(forward.placed_on(call.tensors[0].device), call.tensors[0])
         if graph is None or graph.gm is None:
-            graph = find_graph(self.graphs.get(name, ()), call, key_of(call), exact=False)
+            with without_checkpointing(block):  # as it was captured
+                graph = find_graph(self.graphs.get(name, ()), call, key_of(call), exact=False)
         if graph is None or graph.gm is None:
             return None
         plain = gm = graph.gm

@@ -14,8 +14,8 @@ ContextFn = Callable[[], Any]
 
 
 @contextlib.contextmanager
-def inlined_checkpoints() -> Iterator[list[ContextFn | None]]:
-    """Has `torch.utils.checkpoint.checkpoint` call what it is given and nothing else.
+def inlined_checkpoints(after: Callable[[], None] = lambda: None) -> Iterator[list[ContextFn | None]]:
+    """Has `torch.utils.checkpoint.checkpoint` call what it is given, and then `after`.
 
     The list that it yields holds the `context_fn` of each checkpoint that is open, None for the default one.
     """
@@ -25,12 +25,15 @@ def inlined_checkpoints() -> Iterator[list[ContextFn | None]]:
     def generator(function: Any, preserve_rng_state: bool, context_fn: ContextFn, *args: Any, **kwargs: Any) -> Any:
         with _open(opened, None if context_fn is module.noop_context_fn else context_fn):
             yield
+            after()
 
     class Reentrant:
         @staticmethod
         def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
             with _open(opened, None):
-                return function(*args)
+                result = function(*args)
+                after()
+                return result
 
     with (
         replaced(module, "_checkpoint_without_reentrant_generator", generator),

@@ -88,19 +88,24 @@ def replay(
 ) -> Iterator[list[torch.Tensor]]:
     """Has the calls that have graphs return `outputs`, in order; yields the aliases of the tensors they are given.
 
-    The other calls run as they are. CaptureError where one of these is checkpointed.
+    The other calls run as they are. CaptureError where something else than calls with graphs is checkpointed.
     """
     marked: list[torch.Tensor] = []
     recorded, returned = iter(calls), iter(outputs)
+    unchecked: list[str] = []  # calls with graphs since the last checkpoint ended
+
+    def check() -> None:
+        if not unchecked:
+            raise CaptureError("its forward checkpoints something else than its repeated blocks")
+        unchecked.clear()
 
     def replayed(name: str, block: torch.nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         call = next(recorded, BlockCall("nothing"))
         if call.name != name:
             raise CaptureError(f"{name} is called in tracing where otherwise {call.name} is")
         if call.graph is None:
-            if checkpoints:
-                raise CaptureError(f"{name} is checkpointed and could not be captured")
             return forward(*args, **kwargs)
+        unchecked[:] = [name] if checkpoints else []
         given = make_call(block, args, kwargs)
         tensors = given.tensors[len(given.state) :]
         if len(tensors) != call.num_tensors:
@@ -109,7 +114,7 @@ def replay(
         outputs = list(islice(returned, len(call.outputs)))
         return call.graph.result(tuple(outputs[: len(outputs) - call.num_cached]))
 
-    with inlined_checkpoints() as checkpoints, instead_of_blocks(model, replayed):
+    with inlined_checkpoints(check) as checkpoints, instead_of_blocks(model, replayed):
         yield marked
 
 

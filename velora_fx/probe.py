@@ -120,7 +120,7 @@ class _Probe:
         graph = find_graph(self.library, call, key, exact=True)
         if graph is None:
             self.progress(self.name or "the model")
-            with _without_checkpointing(self.block):  # what it multiplies is to be known all the same
+            with without_checkpointing(self.block):  # what it multiplies is to be known all the same
                 graph = merge_graph(self.library, make_graph(call, key, self.forward))
             if graph not in self.library:
                 self.library.append(graph)
@@ -146,7 +146,8 @@ class _Probe:
 
 
 @contextlib.contextmanager
-def _without_checkpointing(block: torch.nn.Module) -> Iterator[None]:
+def without_checkpointing(block: torch.nn.Module) -> Iterator[None]:
+    """Switches off the gradient checkpointing in the forward of Hugging Face blocks."""
     modules = [module for module in block.modules() if getattr(module, "gradient_checkpointing", False)]
     for module in modules:
         module.gradient_checkpointing = False  # type: ignore[assignment]
