@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx import GraphModule
+from torch.fx import GraphModule, map_arg
 
 from velora_fx.capture import isolated
 from velora_fx.fake import kernels_of
@@ -43,7 +43,7 @@ class Inductor:
 
         After its forward `observe` gets the tensors kept for backward by name, and what each is kept for.
         """
-        key = (_text(gm), *(_describe(tensor) for tensor in inputs))
+        key = (_structure(gm), *(_describe(tensor) for tensor in inputs))
         if key not in self.compiled:
             with isolated(), kernels_of(self.device):
                 self.compiled[key] = _compile(gm, inputs, self.timer, self.recomputes)
@@ -65,10 +65,17 @@ class CompiledGraph:
     observe: list[Observe]
 
 
-def _text(gm: GraphModule) -> tuple[Any, ...]:
-    constants = [getattr(gm, str(node.target)) for node in gm.graph.nodes if node.op == "get_attr"]
-    contents = tuple(_text(value) if isinstance(value, GraphModule) else id(value) for value in constants)
-    return gm.graph.python_code("self").src, contents, gm.meta.get("_checkpoint_context_fn")
+def _structure(gm: GraphModule) -> tuple[Any, ...]:
+    """The graph as something to compare: nodes by number, since blocks differ in the names of their parameters."""
+    numbers = {node: number for number, node in enumerate(gm.graph.nodes)}
+    described = []
+    for node in gm.graph.nodes:
+        target = node.target if node.op == "call_function" else None
+        if node.op == "get_attr":
+            constant = getattr(gm, str(node.target))
+            target = _structure(constant) if isinstance(constant, GraphModule) else id(constant)
+        described.append((node.op, target, repr(map_arg((node.args, node.kwargs), lambda n: f"%{numbers[n]}"))))
+    return tuple(described), gm.meta.get("_checkpoint_context_fn")
 
 
 def _describe(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -38,7 +38,7 @@ def chain() -> tuple[nn.Module, list[Piece]]:
 
 
 def test_the_joined_graph_takes_what_no_piece_gives_state_first() -> None:
-    module, pieces = chain()
+    _module, pieces = chain()
     joined = join_graphs(pieces, {"y"})
     assert joined.inputs == ("layer_0_linear_weight", "layer_1_linear_weight", "x")
     assert joined.outputs == ("y",)

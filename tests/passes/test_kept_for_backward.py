@@ -110,7 +110,7 @@ def test_the_graph_stays_as_it_is() -> None:
 
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
-ROWS, WIDTHS = (2, 3), (4, 6)
+LEADING, WIDTHS = (2, 3), (4, 6)
 SHAPES = [(b, a) for a in WIDTHS for b in WIDTHS for _ in range(2)]
 NUM_LINEAR = len(SHAPES)  # after the weights [O, D] of linears come those [D, O] of other products
 ACTIONS = ("linear", "linear", "product", "gelu", "multiply", "residual", "transpose", "square")
@@ -145,7 +145,7 @@ def forward(program: list[tuple[str, int]], x: Tensor, weights: list[Tensor]) ->
 def partitioned(program: list[tuple[str, int]]) -> tuple[GraphModule, list[Any]]:
     """The backward graph that the partitioner makes, and what it is called with."""
     torch.manual_seed(0)
-    x = torch.randn(*ROWS, WIDTHS[0], dtype=torch.float64, requires_grad=True)
+    x = torch.randn(*LEADING, WIDTHS[0], dtype=torch.float64, requires_grad=True)
     weights = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in (*SHAPES, *SHAPES)]
     found: list[Any] = []
 
