@@ -72,8 +72,8 @@ def inner_calls(calls: Sequence[BlockCall]) -> frozenset[int]:
     same each.
 
     The first and the last LAST_JOINED of a run are compiled with what surrounds them: there the peaks of a step are,
-    and Inductor lets sums of the outputs of several blocks wait for each other. Where blocks alternate so that more than
-    MAX_JOINED would be, only the ends of the model are. Of no more than ALL_JOINED calls none is apart.
+    and Inductor lets sums of the outputs of several blocks wait for each other. Where blocks alternate so that more
+    than MAX_JOINED would be, only the ends of the model are. Of no more than ALL_JOINED calls none is apart.
     """
     if len(calls) <= ALL_JOINED:
         return frozenset()
