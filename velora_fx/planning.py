@@ -158,6 +158,11 @@ def _notes(analysis: Analysis, plan: Plan) -> list[str]:
             "figures with recompute are those of blocks that are compiled one by one (block.compile()): "
             "torch.compile(model) may recompute several blocks at once and hold more"
         )
+    if analysis.findings.empty_caches and analysis.is_compiled:
+        notes.append(
+            "the model fills key-value caches in training, which a compiled model returns: "
+            "model.config.use_cache = False frees them, exactly"
+        )
     if plan.compressed and analysis.findings.empty_caches:
         notes.append("compressed blocks are passed None for an empty key-value cache: in training it is never read")
     for name, reason in analysis.findings.failures.items():

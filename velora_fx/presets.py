@@ -179,6 +179,8 @@ def _from_config(config: Any, model: str, dtype: torch.dtype) -> torch.nn.Module
     auto_class, _ = _task(architecture)
     if auto_class == "AutoModelForSequenceClassification" and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = 0  # these models find the last token of each text by it
+    if hasattr(config, "use_cache"):
+        config.use_cache = False  # a cache is never read in training, and a compiled model would return it
     made_by = getattr(_transformers(), auto_class)
     try:
         with torch.device("meta"):

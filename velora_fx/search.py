@@ -15,7 +15,7 @@ from velora_fx.moments import Span, find_moments
 from velora_fx.solver import Item, Moment, choose, highest_levels
 from velora_fx.timeline import Peak
 
-RUNGS = 4096
+RUNGS, COMPILED_RUNGS = 4096, 128  # a simulation of a compiled step compiles what is new in it
 # Where time and approximation are traded: halving what is kept of every weight's input counts as much as this share of
 # the step's time.
 HALVING_PRICE = 0.02
@@ -42,7 +42,7 @@ class Search:
         if self.tightest[1].peak_bytes > budget_bytes:
             return self.tightest
         for is_trusted in (True, False):
-            low, high = 0, RUNGS
+            low, high = 0, self._rungs
             while high - low > 1:
                 middle = (low + high) // 2
                 fits = self._expected_to_fit(middle, budget_bytes) if is_trusted else None
@@ -58,7 +58,7 @@ class Search:
         """What needs no simulation: how far the solver's estimates are off is known at both ends of the ladder."""
         low, high = self._ends
         errors = self.tightest[1].peak_bytes - low, self.analysis.baseline.peak_bytes - high
-        margin = abs(errors[1] - errors[0]) // 2 + 2 * (high - low) // RUNGS
+        margin = abs(errors[1] - errors[0]) // 2 + 2 * (high - low) // self._rungs
         target = self._target(rung)
         if target + max(errors) + margin <= budget_bytes:
             return True
@@ -75,7 +75,11 @@ class Search:
 
     def _target(self, rung: int) -> int:
         low, high = self._ends
-        return low + (high - low) * rung // RUNGS
+        return low + (high - low) * rung // self._rungs
+
+    @property
+    def _rungs(self) -> int:
+        return COMPILED_RUNGS if self.analysis.is_compiled else RUNGS
 
     @cached_property
     def _simulated(self) -> dict[tuple[int, ...], tuple[Actions, Peak]]:
