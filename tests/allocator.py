@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 POINT = "point of a step"
@@ -31,12 +32,28 @@ def point() -> None:
 
 
 def _totals(step: Callable[[], None]) -> list[tuple[str, int]]:
-    """The bytes in use after each allocation, free and point, in order of time."""
+    """The bytes in use after each allocation, free and point, in order of time.
+
+    Only what the step allocated itself counts when it is freed: at an address that it saw in an earlier profile, the
+    profiler reports the end of what was there then.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() in ("[memory]", POINT)]  # type: ignore[union-attr]
-    current, totals = 0, []
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        current += event.nbytes() if event.name() == "[memory]" else 0
-        totals.append((event.name(), current))
+    pending = list(profiler.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
+    events: list[tuple[int, str, int, int]] = []
+    while pending:
+        event = pending.pop()
+        pending += event.children
+        if event.tag == _EventType.Allocation:
+            events.append((event.start_time_ns, event.name, event.extra_fields.ptr, event.extra_fields.alloc_size))
+        elif event.name == POINT:
+            events.append((event.start_time_ns, POINT, 0, 0))
+    totals: list[tuple[str, int]] = []
+    held: dict[int, int] = {}
+    current = 0
+    for _, name, address, size in sorted(events):
+        if size > 0:
+            held[address] = size
+        current += size if size > 0 else -held.pop(address, 0)
+        totals.append((name, current))
     return totals
