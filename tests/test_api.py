@@ -7,6 +7,7 @@ import copy
 import io
 import math
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,6 +42,57 @@ def test_a_bad_budget_is_refused(budget: Any) -> None:
 def test_the_device_as_budget_needs_a_cuda_device() -> None:
     with pytest.raises(ValueError, match="needs a CUDA device"):
         velora_fx.optimize(stack(), "device", (rows(),))
+
+
+def cuda_budget(budget_bytes: int) -> velora_fx.Plan:
+    return velora_fx.plan(stack(), (budget_bytes + 0.5) / 2**30, (rows(64, 64),), device="cuda")
+
+
+def test_on_cuda_the_overhead_is_a_part_of_every_peak_by_name() -> None:
+    plan = cuda_budget(2**40)
+    for peak in (plan.baseline, plan.planned):
+        assert peak.peak_bytes == sum(peak.breakdown.values()) + sum(peak.overhead.values())
+        assert list(peak.overhead) == ["CUDA context", "cuBLAS workspaces", "allocator slack", "fragmentation"]
+    assert plan.overhead_bytes == sum(plan.planned.overhead.values())
+    assert velora_fx.Plan.from_json(plan.to_json()) == plan
+    for name in plan.planned.overhead:
+        assert f"\n{name}" in str(plan)
+
+
+def test_on_cuda_no_plan_exceeds_its_budget_and_the_smallest_reachable_one_is_reached() -> None:
+    with pytest.raises(velora_fx.BudgetError, match="CUDA context") as caught:
+        cuda_budget(0)
+    smallest, baseline = caught.value.smallest_peak_bytes, cuda_budget(2**40).baseline.peak_bytes
+    fragmentation = {caught.value.plan.planned.overhead["fragmentation"]}
+    for share in (0.0, 0.3, 0.6, 0.9):
+        budget = int(smallest + share * (baseline - smallest))
+        plan = cuda_budget(budget)
+        assert plan.compressed and plan.planned.peak_bytes <= budget
+        fragmentation.add(plan.planned.overhead["fragmentation"])
+    assert len(fragmentation) > 2  # it follows the tensors
+    with pytest.raises(velora_fx.BudgetError):
+        cuda_budget(smallest - 1)
+
+
+@pytest.mark.parametrize("missing_bytes", [0, 1])
+def test_the_device_as_budget_counts_the_overhead_once(missing_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    baseline = cuda_budget(2**40).baseline
+    capacity = baseline.peak_bytes - missing_bytes
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=capacity))
+    plan = velora_fx.plan(stack(), "device", (rows(64, 64),), device="cuda")
+    assert plan.budget_bytes == capacity
+    assert bool(plan.compressed) == bool(missing_bytes)
+    assert plan.planned.tensor_bytes <= capacity - plan.overhead_bytes
+    assert plan.baseline == baseline
+
+
+@pytest.mark.parametrize("call", [velora_fx.plan, velora_fx.optimize])
+def test_a_budget_above_the_device_warns_when_planning_for_it(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=2**31))
+    with pytest.warns(UserWarning, match=r"budget of 4\.00 GiB is above the 2\.00 GiB that cuda has"):
+        call(stack(), 4, (rows(),), device="cuda")
 
 
 def test_budget_and_plan_exclude_each_other() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -120,6 +122,41 @@ def test_a_budget_that_is_no_number_is_refused(budget):
 def test_the_budget_of_the_device_needs_a_cuda_device():
     with pytest.raises(ValueError, match="needs a CUDA device, and the model is planned for cpu"):
         budget_bytes_of("device", CPU)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Stands for one CUDA device of 23.5 GiB, as a card of 24 GB has it."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=47 * GIB // 2))
+
+
+def test_a_budget_above_the_device_warns_with_both_numbers(gpu):
+    with pytest.warns(UserWarning, match=r"budget of 24\.00 GiB is above the 23\.50 GiB that cuda has"):
+        assert budget_bytes_of(24, torch.device("cuda")) == 24 * GIB
+
+
+@pytest.mark.parametrize(("budget", "device"), [(23.5, "cuda"), (1, "cuda:0"), (24, "cpu"), (80, "cuda:1")], ids=repr)
+def test_a_budget_within_the_device_or_for_one_that_is_not_there_does_not_warn(gpu, budget, device):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert budget_bytes_of(budget, torch.device(device)) == budget * GIB
+
+
+def test_without_a_gpu_no_budget_warns(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        budget_bytes_of(10**6, torch.device("cuda"))
+
+
+def test_the_budget_of_the_device_is_all_that_it_has(gpu, monkeypatch):
+    assert budget_bytes_of("device", torch.device("cuda")) == 47 * GIB // 2
+    with pytest.raises(ValueError, match="this machine has no cuda:1: pass a number of GiB"):
+        budget_bytes_of("device", torch.device("cuda:1"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match="this machine has no cuda: pass a number of GiB"):
+        budget_bytes_of("device", torch.device("cuda"))
 
 
 def test_the_planned_device_is_the_models_own_by_default():

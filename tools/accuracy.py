@@ -36,7 +36,7 @@ from accuracy_models import CASES, batch_of
 from accuracy_table import BOUNDS, Row, as_json, is_within, table, worst
 
 import velora_fx
-from velora_fx.overhead import CUBLAS_WORKSPACES_BYTES
+from velora_fx.overhead import WORKSPACES
 
 GIB = 2**30
 WITHIN, EXCEEDED, BAD_INPUT = 0, 1, 2
@@ -157,13 +157,12 @@ def _measure(row: Row) -> Row:
     batch = batch_of(model, row.batch_size, row.length)
     plan = prepare(model, batch, row.target, row.plan)
     measured, reserved = measured_peak(model, batch, compiled=row.target == "inductor")
-    predicted = plan.planned.peak_bytes - plan.overhead_bytes
     return replace(
         row,
         num_compressed=len(plan.compressed),
         num_candidates=len(plan.decisions),
         moment=plan.planned.moment,
-        predicted_bytes=predicted + (CUBLAS_WORKSPACES_BYTES if row.device == "cuda" else 0),
+        predicted_bytes=plan.planned.tensor_bytes + plan.planned.overhead.get(WORKSPACES, 0),
         measured_bytes=measured,
         predicted_reserved_bytes=None if reserved is None else plan.planned.peak_bytes,
         reserved_bytes=reserved,

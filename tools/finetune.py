@@ -219,8 +219,8 @@ def measured(peaks: list[int], model: torch.nn.Module, optimizer: Optimizer, ids
 
 def report(args: argparse.Namespace, dense: Run, velora: Run, plan: velora_fx.Plan) -> None:
     """Prints both runs side by side, and what to make of them."""
-    runs, last, overhead = (dense, velora), min(LAST_STEPS, args.steps), plan.overhead_bytes
-    predicted = [plan.baseline.peak_bytes - overhead, plan.planned.peak_bytes - overhead]
+    runs, last, peaks = (dense, velora), min(LAST_STEPS, args.steps), (plan.baseline, plan.planned)
+    predicted = [peak.tensor_bytes for peak in peaks]
     rows = [
         ("learning rate", f"{args.lr:g}", f"{args.velora_lr:g}"),
         ("training loss, first step", *(f"{run.losses[0]:.4f}" for run in runs)),
@@ -233,7 +233,7 @@ def report(args: argparse.Namespace, dense: Run, velora: Run, plan: velora_fx.Pl
         ("fastest step, ms", *(f"{run.step_seconds * 1e3:.0f}" for run in runs)),
     ]
     if args.device == "cuda":
-        rows.append(("predicted with overhead, MiB", *(f"{(size + overhead) / MIB:.1f}" for size in predicted)))
+        rows.append(("predicted with overhead, MiB", *(f"{peak.peak_bytes / MIB:.1f}" for peak in peaks)))
         rows.append(("reserved, MiB", *(f"{run.peaks[1] / MIB:.1f}" for run in runs)))
     print(tabulate(rows, ("", "dense", "velora_fx"), colalign=("left", "right", "right"), disable_numparse=True))
     print(

@@ -20,7 +20,7 @@ from velora_fx.inductor import Inductor
 from velora_fx.installing import RegionPlan, install, region_plans
 from velora_fx.kept import KeptTensors
 from velora_fx.options import Options
-from velora_fx.overhead import overhead_bytes
+from velora_fx.overhead import with_overhead
 from velora_fx.plans import Skipped
 from velora_fx.probe import Findings, Use, probe
 from velora_fx.regions import child_regions, find_regions
@@ -56,7 +56,7 @@ class Analysis:
     skipped: tuple[Skipped, ...]
     baseline: Peak
     untouched: Timeline
-    overhead_bytes: int
+    device: torch.device
     notes: tuple[str, ...]
     is_compiled: bool
     simulate: Callable[..., Timeline]
@@ -67,12 +67,7 @@ class Analysis:
 
     def peak(self, actions: Actions, compiler_recomputes: bool = False) -> Peak:
         """The simulated peak with the given actions, overhead included."""
-        return with_overhead(self.simulate(actions, compiler_recomputes), self.overhead_bytes)
-
-
-def with_overhead(timeline: Timeline, overhead_bytes: int) -> Peak:
-    """The peak of a timeline and what the device holds besides."""
-    return replace(timeline.peak, peak_bytes=timeline.peak.peak_bytes + overhead_bytes)
+        return with_overhead(self.simulate(actions, compiler_recomputes).peak, self.device)
 
 
 def analyse(
@@ -150,11 +145,10 @@ def analyse(
         lambda use: exclusion(model, parameters, use, options),
     )
     _check_sizes(options, candidates, findings)
-    overhead = overhead_bytes(device)
     return Analysis(
         findings, candidates, find_recomputable(model, findings), skipped + _without_products(fake_model(), findings),
-        with_overhead(untouched, overhead), untouched, overhead, _notes(model, replaced, options), is_compiled,
-        simulate_actions,
+        with_overhead(untouched.peak, device), untouched, device,
+        _notes(model, replaced, options), is_compiled, simulate_actions,
     )  # fmt: skip
 
 

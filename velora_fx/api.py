@@ -60,8 +60,9 @@ def optimize(
     it (VeLoRA, arXiv 2405.17991); outputs, input gradients and all other gradients stay exact.
 
     Args:
-        budget_gb: peak memory of a step in GiB (2**30 bytes): reserved memory on CUDA, allocated bytes on CPU;
-            "device" for all memory of the model's CUDA device.
+        budget_gb: peak memory of a step in GiB (2**30 bytes): allocated bytes on CPU; on CUDA reserved memory with
+            the CUDA context, the plan's tensors plus its `overhead` by name. "device" for all memory of the CUDA
+            device: tensors get what the overhead leaves of it. More than the device has is warned of.
         example_inputs: the largest batch to plan for: a dict of keyword arguments, a tuple of arguments or an
             (args, kwargs) pair of `model(...)`. Without it, planning happens at the first training forward, and
             `torch.compile(fullgraph=True)` has to wait until then.

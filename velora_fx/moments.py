@@ -12,7 +12,7 @@ from velora_fx.timeline import Timeline
 Span = tuple[int, int, int]  # first event, event after the last, index of an item
 
 
-def find_moments(timeline: Timeline, spans: Sequence[Span], overhead_bytes: int) -> tuple[Moment, ...]:
+def find_moments(timeline: Timeline, spans: Sequence[Span]) -> tuple[Moment, ...]:
     """Cuts a step where the set of items alive changes, and takes each stretch's peak.
 
     A span says when a storage that an item would free is alive; an item may have several.
@@ -26,5 +26,5 @@ def find_moments(timeline: Timeline, spans: Sequence[Span], overhead_bytes: int)
         for start, stop, index in spans:
             if start <= cut < stop:
                 alive[index] = alive.get(index, 0) + 1
-        moments.append(Moment(int(highest) + overhead_bytes, tuple(sorted(alive.items()))))
+        moments.append(Moment(int(highest), tuple(sorted(alive.items()))))
     return tuple(moments)

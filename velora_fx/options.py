@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -77,19 +78,39 @@ def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 def budget_bytes_of(budget_gb: Any, device: torch.device) -> int:
     """Bytes of a budget in GiB, or of "device": all memory the device has.
 
-    Raises ValueError for a budget that is not a positive finite number.
+    What the device holds besides tensors is not taken off here: it is a part of the peaks that a budget is compared
+    with. Warns of a budget above what the device has, where it is at hand. Raises ValueError for a budget that is not a
+    positive finite number.
     """
     if budget_gb == "device":
         if device.type != "cuda":
             raise ValueError(f'budget_gb="device" needs a CUDA device, and the model is planned for {device.type}')
-        if not torch.cuda.is_available():
-            raise ValueError('budget_gb="device" needs a CUDA device, and this machine has none: pass a number of GiB')
-        return int(torch.cuda.get_device_properties(device).total_memory)
+        capacity_bytes = _capacity_bytes(device)
+        if capacity_bytes is None:
+            raise ValueError(
+                f'budget_gb="device" needs a CUDA device, and this machine has no {device}: pass a number of GiB'
+            )
+        return capacity_bytes
     if isinstance(budget_gb, bool) or not isinstance(budget_gb, Real):
         raise ValueError(f'budget_gb must be a number of GiB or "device", got {budget_gb!r}')
     if not math.isfinite(budget_gb) or budget_gb <= 0:
         raise ValueError(f"budget_gb must be a positive number of GiB, got {budget_gb!r}")
-    return int(float(budget_gb) * GIB)
+    budget_bytes = int(float(budget_gb) * GIB)
+    capacity_bytes = _capacity_bytes(device)
+    if capacity_bytes is not None and budget_bytes > capacity_bytes:
+        warnings.warn(
+            f"velora_fx: the budget of {budget_bytes / GIB:.2f} GiB is above the {capacity_bytes / GIB:.2f} GiB that "
+            f'{device} has: budget_gb="device" takes what there is',
+            stacklevel=3,
+        )
+    return budget_bytes
+
+
+def _capacity_bytes(device: torch.device) -> int | None:
+    """All memory of a CUDA device, None where it is not at hand."""
+    if device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count():
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def planning_device(model: torch.nn.Module, options: Options) -> torch.device:

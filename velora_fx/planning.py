@@ -109,7 +109,6 @@ def write_plan(
         device=str(device.type),
         optimizer=optimizer_name(options.optimizer),
         budget_bytes=budget_bytes,
-        overhead_bytes=analysis.overhead_bytes,
         baseline=analysis.baseline,
         planned=planned,
         decisions=tuple(_decision(candidate, actions.sizes.get(candidate.key)) for candidate in analysis.candidates),
@@ -175,7 +174,8 @@ def _notes(analysis: Analysis, plan: Plan) -> list[str]:
 
 def _unreachable(plan: Plan) -> str:
     assert plan.budget_bytes is not None
-    parts = ", ".join(f"{name} {in_units(size)}" for name, size in plan.planned.breakdown.items() if size)
+    held = {**plan.planned.breakdown, **plan.planned.overhead}
+    parts = ", ".join(f"{name} {in_units(size)}" for name, size in held.items() if size)
     return (
         f"no plan fits {in_units(plan.budget_bytes)}: the smallest peak that can be reached is "
         f"{in_units(plan.planned.peak_bytes)} ({parts}, at the {plan.planned.moment}). "

@@ -13,7 +13,7 @@ from velora_fx.report import render
 from velora_fx.snapshot import write_snapshot
 from velora_fx.timeline import Curve, Group, Peak
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ class Exact:
 class Plan:
     """A plan for one training step of a model; print it for the report.
 
-    `budget_bytes` is what was asked for, None if nothing was; `overhead_bytes` what the device holds besides the
-    tensors. `baseline` and `planned` are the simulated peaks of the untouched and of the planned model, in bytes of
-    tensors plus overhead. `recomputed` names the blocks that recompute in backward; `exact` is the best that exact
-    recompute does in place of the compression, None where nothing is compressed. Step times are predicted for `rates`.
+    `budget_bytes` is what was asked for, None if nothing was. `baseline` and `planned` are the simulated peaks of the
+    untouched and of the planned model, in bytes of tensors plus overhead. `recomputed` names the blocks that recompute
+    in backward; `exact` is the best that exact recompute does in place of the compression, None where nothing is
+    compressed. Step times are predicted for `rates`.
     """
 
     model: str
@@ -81,7 +81,6 @@ class Plan:
     device: str
     optimizer: str
     budget_bytes: int | None
-    overhead_bytes: int
     baseline: Peak
     planned: Peak
     decisions: tuple[Decision, ...]
@@ -97,6 +96,11 @@ class Plan:
     def fits(self) -> bool:
         """True if the planned peak is within the budget."""
         return self.budget_bytes is None or self.planned.peak_bytes <= self.budget_bytes
+
+    @property
+    def overhead_bytes(self) -> int:
+        """What the device holds at the planned peak besides the tensors; `planned.overhead` has it by name."""
+        return sum(self.planned.overhead.values())
 
     @property
     def compressed(self) -> tuple[Decision, ...]:

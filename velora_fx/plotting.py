@@ -31,7 +31,7 @@ def plot(plan: Plan, path: str | Path) -> None:
     figure = figure_of_size(figsize=(5.2 * len(sides) + 1.6, 4.4), layout="constrained")
     panels: Any = figure.subplots(1, len(sides), sharey=True, squeeze=False)[0]
     for axes, (title, peak) in zip(panels, sides, strict=True):
-        _draw(axes, peak, plan.overhead_bytes, unit)
+        _draw(axes, peak, unit)
         axes.set_title(f"{title}: peak {in_units(peak.peak_bytes)}", fontsize=10)
         axes.set_ylim(0, 1.25 * highest / unit)
         if plan.budget_bytes is not None:
@@ -106,12 +106,12 @@ def _figure_class(path: str | Path) -> Any:
     return Figure
 
 
-def _draw(axes: Any, peak: Peak, overhead_bytes: int, unit: int) -> None:
+def _draw(axes: Any, peak: Peak, unit: int) -> None:
     if peak.curve is None:
         raise ValueError("the plan has no curves: it was written by another version; make it again")
     bands = [*peak.curve.categories.items()]
-    if overhead_bytes:
-        bands.insert(0, ("overhead", (overhead_bytes,) * len(bands[0][1])))
+    if peak.overhead:
+        bands.insert(0, ("overhead", (sum(peak.overhead.values()),) * len(bands[0][1])))
     bands = [(name, values) for name, values in bands if max(values)]
     colors = dict(zip(("overhead", *peak.curve.categories), ("#d9d9d9", *COLORS), strict=True))
     axes.stackplot(

@@ -89,8 +89,7 @@ def in_use(group: Group) -> str:
 def _memory(plan: Plan) -> str:
     before, after = plan.baseline, plan.planned
     rows = [(name, size, after.breakdown.get(name, 0)) for name, size in before.breakdown.items()]
-    if plan.overhead_bytes:
-        rows.append(("overhead", plan.overhead_bytes, plan.overhead_bytes))
+    rows += [(name, size, after.overhead.get(name, 0)) for name, size in before.overhead.items()]
     rows.append(("total", before.peak_bytes, after.peak_bytes))
     is_changed = plan.compressed or plan.recomputed
     columns = 3 if is_changed else 2

@@ -12,6 +12,7 @@ from velora_fx.blocks import Block
 from velora_fx.candidates import Candidate
 from velora_fx.checkpointing import Recompute
 from velora_fx.moments import Span, find_moments
+from velora_fx.overhead import tensors_within
 from velora_fx.solver import Item, Moment, choose, highest_levels
 from velora_fx.timeline import Peak
 
@@ -37,32 +38,33 @@ class Search:
         chose. Along a ladder of targets for the solver, the same for every budget, the highest rung that fits is
         searched by halving, so that a larger budget never gets a more approximate plan.
         """
-        if self.analysis.baseline.peak_bytes <= budget_bytes:
+        tensor_budget_bytes = tensors_within(budget_bytes, self.analysis.device)
+        if self.analysis.baseline.tensor_bytes <= tensor_budget_bytes:
             return Actions(), self.analysis.baseline
-        if self.tightest[1].peak_bytes > budget_bytes:
+        if self.tightest[1].tensor_bytes > tensor_budget_bytes:
             return self.tightest
         for is_trusted in (True, False):
             low, high = 0, self._rungs
             while high - low > 1:
                 middle = (low + high) // 2
-                fits = self._expected_to_fit(middle, budget_bytes) if is_trusted else None
+                fits = self._expected_to_fit(middle, tensor_budget_bytes) if is_trusted else None
                 if fits is None:
-                    fits = self._rung(middle)[1].peak_bytes <= budget_bytes
+                    fits = self._rung(middle)[1].tensor_bytes <= tensor_budget_bytes
                 low, high = (middle, high) if fits else (low, middle)
             found = self._rung(low)
-            if found[1].peak_bytes <= budget_bytes:
+            if found[1].tensor_bytes <= tensor_budget_bytes:
                 return found
         return self.tightest
 
-    def _expected_to_fit(self, rung: int, budget_bytes: int) -> bool | None:
+    def _expected_to_fit(self, rung: int, tensor_budget_bytes: int) -> bool | None:
         """What needs no simulation: how far the solver's estimates are off is known at both ends of the ladder."""
         low, high = self._ends
-        errors = self.tightest[1].peak_bytes - low, self.analysis.baseline.peak_bytes - high
+        errors = self.tightest[1].tensor_bytes - low, self.analysis.baseline.tensor_bytes - high
         margin = abs(errors[1] - errors[0]) // 2 + 2 * (high - low) // self._rungs
         target = self._target(rung)
-        if target + max(errors) + margin <= budget_bytes:
+        if target + max(errors) + margin <= tensor_budget_bytes:
             return True
-        return False if target + min(errors) - margin > budget_bytes else None
+        return False if target + min(errors) - margin > tensor_budget_bytes else None
 
     def _rung(self, rung: int) -> tuple[Actions, Peak]:
         levels = choose(self.items, self.moments, self._target(rung))
@@ -139,7 +141,7 @@ class Search:
             for storage in candidate.storages
         ]
         spans += [(b.first, b.end, len(self.candidates) + number) for number, b in enumerate(self.blocks)]
-        return find_moments(timeline, spans, self.analysis.overhead_bytes)
+        return find_moments(timeline, spans)
 
     def actions(self, levels: Sequence[int]) -> Actions:
         """What a choice of levels stands for."""

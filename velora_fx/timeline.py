@@ -63,7 +63,8 @@ class Peak:
     `place` is the moment to the point ("backward of model.layers.31.mlp"), `there` the tensors of one shape that take
     most of what is in use of that module then; `largest` is what takes most of all, besides parameters and buffers.
     `curve` is the way there and on, `timeline` all of its events; `step_seconds` is the
-    predicted time of the whole step.
+    predicted time of the whole step. `overhead` is what the device holds besides the tensors, by name, a part of the
+    peak.
     """
 
     peak_bytes: int
@@ -74,7 +75,13 @@ class Peak:
     place: str = ""
     there: Group | None = None
     largest: tuple[Group, ...] = ()
+    overhead: Mapping[str, int] = field(default_factory=dict)
     timeline: Timeline | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """The peak without the overhead."""
+        return self.peak_bytes - sum(self.overhead.values())
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles, also those of a model that is optimised, leave the events behind: they can be large."""
