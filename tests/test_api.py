@@ -95,6 +95,16 @@ def test_a_budget_above_the_device_warns_when_planning_for_it(call: Any, monkeyp
         call(stack(), 4, (rows(),), device="cuda")
 
 
+def test_the_plan_names_the_inputs_that_it_holds_for() -> None:
+    batch = LLAMA.batch(2, 12)
+    plan = velora_fx.plan(LLAMA.build(), 4, batch)
+    assert [(item.name, item.shape, item.dtype) for item in plan.inputs] == [
+        (name, tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in batch.items()
+    ]
+    assert velora_fx.plan(stack(), 4, (rows(),)).inputs == velora_fx.plan(stack(), 4, {"x": rows()}).inputs
+    assert velora_fx.Plan.from_json(plan.to_json()) == plan
+
+
 def test_budget_and_plan_exclude_each_other() -> None:
     model = stack()
     with pytest.raises(ValueError, match="got neither"):

@@ -115,7 +115,7 @@ def test_without_a_budget_the_step_is_shown_as_it_is_with_the_reach_of_compressi
     assert data["budget_bytes"] is None
     assert data["planned"] == data["baseline"]
     assert {decision["action"] for decision in data["decisions"]} == {"keep"}
-    assert data["notes"][0] == "planned for input_ids [8, 32], labels [8, 32]; 135,616 parameters in float32"
+    assert data["notes"][0] == "135,616 parameters in float32"
     assert data["notes"][1].startswith("with everything compressed as far as possible the peak is ")
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 from expecttest import assert_expected_inline
 
-from velora_fx.plans import Decision, Plan, Skipped
+from velora_fx.plans import Decision, Input, Plan, Skipped
 from velora_fx.report import collapse, compact, in_units
 from velora_fx.timeline import Group, Peak
 
@@ -37,6 +37,7 @@ def plan(*decisions: Decision, skipped: tuple[Skipped, ...] = (), **fields: Any)
         device="cpu",
         optimizer="sgd",
         budget_bytes=3 * GIB,
+        inputs=(),
         baseline=peak(GIB, 0, 0, 0, 3 * GIB, 512),
         planned=peak(GIB, 0, 0, 0, GIB, 512),
         decisions=decisions,
@@ -149,6 +150,13 @@ layers.0  fc1         2 x 8 x 4096  bfloat16  keep          128.00 KiB  128.00 K
 
 compressed 0 of 1 matmul inputs; skipped: none""",
     )
+
+
+def test_the_largest_batch_is_named() -> None:
+    ids, scale = Input("input_ids", (8, 256), "int64"), Input("scale", (), "float32")
+    made = plan(inputs=(ids, replace(ids, name="labels"), replace(ids, name="mask", dtype="bool"), scale))
+    line = next(line for line in str(made).splitlines() if line.startswith("planned for"))
+    assert line.split("  ")[-1].strip() == "input_ids, labels 8 x 256 int64; mask 8 x 256 bool; scale float32"
 
 
 def test_a_plan_that_does_not_fit_says_so_with_the_smallest_peak() -> None:

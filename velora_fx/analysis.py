@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from velora_fx.arguments import named_tensors, parameter_names
+from velora_fx.batch_watch import unwatch
 from velora_fx.blocks import Block, find_recomputable
 from velora_fx.candidates import Candidate, find_candidates, full_name
 from velora_fx.checkpointing import Recompute, install_checkpointing
@@ -21,7 +23,7 @@ from velora_fx.installing import RegionPlan, install, region_plans
 from velora_fx.kept import KeptTensors
 from velora_fx.options import Options
 from velora_fx.overhead import with_overhead
-from velora_fx.plans import Skipped
+from velora_fx.plans import Input, Skipped
 from velora_fx.probe import Findings, Use, probe
 from velora_fx.regions import child_regions, find_regions
 from velora_fx.simulate import default_loss, make_tracker, optimizer_factory, simulate, simulate_forward
@@ -56,6 +58,7 @@ class Analysis:
     skipped: tuple[Skipped, ...]
     baseline: Peak
     untouched: Timeline
+    inputs: tuple[Input, ...]
     device: torch.device
     notes: tuple[str, ...]
     is_compiled: bool
@@ -147,9 +150,14 @@ def analyse(
     _check_sizes(options, candidates, findings)
     return Analysis(
         findings, candidates, find_recomputable(model, findings), skipped + _without_products(fake_model(), findings),
-        with_overhead(untouched.peak, device), untouched, device,
+        with_overhead(untouched.peak, device), untouched, _inputs(model, args, kwargs), device,
         _notes(model, replaced, options), is_compiled, simulate_actions,
     )  # fmt: skip
+
+
+def _inputs(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Input, ...]:
+    tensors = named_tensors(parameter_names(model), args, kwargs)
+    return tuple(Input(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors)
 
 
 def _fake_model(
@@ -163,6 +171,7 @@ def _fake_model(
     for name in replaced:
         del fake.get_submodule(name).forward
     uninstall(fake)
+    unwatch(fake)
     return fake if model.training else fake.train()
 
 

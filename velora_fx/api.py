@@ -11,6 +11,7 @@ import torch
 
 from velora_fx.analysis import analyse
 from velora_fx.arguments import example_call
+from velora_fx.batch_watch import unwatch, watch_batches
 from velora_fx.calibrate import calibrate
 from velora_fx.checkpointing import Checkpointed, install_checkpointing
 from velora_fx.first_forward import STATE, FirstForward, Request
@@ -152,6 +153,7 @@ def restore(model: Model) -> Model:
     for stand_in in [*state.regions, *state.checkpointed] if isinstance(state, Installed) else [state] if state else []:
         stand_in.remove()  # also where a wrapper took its place
     uninstall(model)
+    unwatch(model)
     return model
 
 
@@ -202,6 +204,7 @@ def apply(model: torch.nn.Module, request: Request, args: tuple[Any, ...], kwarg
     regions = install(model, analysis.region_plans(actions.sizes), options.seed)
     checkpointed = install_checkpointing(model, actions.recomputed)
     setattr(model, STATE, Installed(made, regions, checkpointed))
+    watch_batches(model, {item.name: item.shape for item in made.inputs})
     if request.projections:
         _load_projections(regions, request.projections)
     elif options.projection == "batch_mean":

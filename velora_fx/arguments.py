@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +54,38 @@ def without_empty_caches(
 def _is_empty_cache(value: Any, layer: int) -> bool:
     is_cache = hasattr(value, "get_seq_length") and hasattr(value, "update")
     return is_cache and int(value.get_seq_length(layer)) == 0
+
+
+def parameter_names(module: torch.nn.Module) -> tuple[str, ...]:
+    """The names of the arguments that a forward takes by position."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(module.forward).parameters.values()
+    return tuple(parameter.name for parameter in parameters if parameter.kind in kinds)
+
+
+def named_tensors(
+    names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[tuple[str, torch.Tensor]]:
+    """The tensors of a call, also those in nested tuples, lists and dicts; `names` are those of positional arguments.
+
+    Arguments beyond them are called "argument 2" and so on, what is in a container "batch.0" or "batch.pixels".
+    """
+    found: list[tuple[str, torch.Tensor]] = []
+    for index, value in enumerate(args):
+        found += _tensors_in(names[index] if index < len(names) else f"argument {index}", value)
+    for name, value in kwargs.items():
+        found += _tensors_in(name, value)
+    return found
+
+
+def _tensors_in(name: str, value: Any) -> list[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        return [(name, value)]
+    if isinstance(value, dict):
+        return [found for key, item in value.items() for found in _tensors_in(f"{name}.{key}", item)]
+    if isinstance(value, (tuple, list)):
+        return [found for index, item in enumerate(value) for found in _tensors_in(f"{name}.{index}", item)]
+    return []
 
 
 def example_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

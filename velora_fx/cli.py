@@ -188,10 +188,10 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _load(arguments: argparse.Namespace) -> tuple[torch.nn.Module, Any, str]:
-    """The model, its example inputs, and a note on both."""
+    """The model, its example inputs, and a note on its size."""
     dtype = DTYPES.get(arguments.dtype)
     model, inputs = presets.load(arguments.model, arguments.batch_size, arguments.seq_len, dtype)
-    return model, inputs, _batch_note(model, *example_call(inputs))
+    return model, inputs, _size_note(model)
 
 
 @contextlib.contextmanager
@@ -226,13 +226,10 @@ def _noted(plan: Plan, name: str, note: str) -> Plan:
     return replace(plan, model=name, notes=(note, *plan.notes))
 
 
-def _batch_note(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    named = [*((f"input {i}", value) for i, value in enumerate(args)), *kwargs.items()]
-    shapes = [f"{name} {list(value.shape)}" for name, value in named if isinstance(value, torch.Tensor)]
+def _size_note(model: torch.nn.Module) -> str:
     count = sum(parameter.numel() for parameter in model.parameters())
     dtypes = dict.fromkeys(str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters())
-    batch = ", ".join(shapes) or "the example inputs"
-    return f"planned for {batch}; {count:,} parameters in {' and '.join(dtypes)}"
+    return f"{count:,} parameters in {' and '.join(dtypes)}"
 
 
 def _number(text: str) -> float | str:

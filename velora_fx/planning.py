@@ -108,6 +108,7 @@ def write_plan(
         target=options.target,
         device=str(device.type),
         optimizer=optimizer_name(options.optimizer),
+        inputs=analysis.inputs,
         budget_bytes=budget_bytes,
         baseline=analysis.baseline,
         planned=planned,

@@ -67,19 +67,29 @@ class Exact:
 
 
 @dataclass(frozen=True)
+class Input:
+    """A tensor among the inputs that a plan holds for; larger ones may not fit."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """A plan for one training step of a model; print it for the report.
 
-    `budget_bytes` is what was asked for, None if nothing was. `baseline` and `planned` are the simulated peaks of the
-    untouched and of the planned model, in bytes of tensors plus overhead. `recomputed` names the blocks that recompute
-    in backward; `exact` is the best that exact recompute does in place of the compression, None where nothing is
-    compressed. Step times are predicted for `rates`.
+    `inputs` are those of the largest batch that it holds for. `budget_bytes` is what was asked for, None if nothing
+    was. `baseline` and `planned` are the simulated peaks of the untouched and of the planned model, in bytes of tensors
+    plus overhead. `recomputed` names the blocks that recompute in backward; `exact` is the best that exact recompute
+    does in place of the compression, None where nothing is compressed. Step times are predicted for `rates`.
     """
 
     model: str
     target: str
     device: str
     optimizer: str
+    inputs: tuple[Input, ...]
     budget_bytes: int | None
     baseline: Peak
     planned: Peak
@@ -145,6 +155,7 @@ class Plan:
         if data.get("schema") != SCHEMA:
             raise ValueError(f"a plan of schema {SCHEMA} is needed, got schema {data.get('schema')!r}")
         fields = {name: value for name, value in data.items() if name not in ("schema", "fits")}
+        fields["inputs"] = tuple(Input(**{**item, "shape": tuple(item["shape"])}) for item in data["inputs"])
         fields["baseline"], fields["planned"] = _peak(data["baseline"]), _peak(data["planned"])
         fields["decisions"] = tuple(
             Decision(**{**item, "consumers": tuple(item["consumers"]), "shape": tuple(item["shape"])})

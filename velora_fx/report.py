@@ -39,6 +39,7 @@ def _header(plan: Plan) -> str:
     lines = [
         ("model", plan.model),
         ("step", f"{plan.target} on {plan.device}, optimizer {plan.optimizer}"),
+        ("planned for", inputs_text(plan)),
         ("budget", "none given" if plan.budget_bytes is None else in_units(plan.budget_bytes)),
         ("predicted peak", peaks),
     ]
@@ -57,7 +58,15 @@ def _header(plan: Plan) -> str:
         lines.append(("approximate", f"gradients of {count} weights (projection {plan.projection}, seed {plan.seed})"))
     if plan.exact is not None:
         lines.append(("exactly", _exactly(plan, plan.exact)))
-    return tabulate(lines, tablefmt="plain", disable_numparse=True)
+    return tabulate([line for line in lines if line[1]], tablefmt="plain", disable_numparse=True)
+
+
+def inputs_text(plan: Plan) -> str:
+    """The largest batch: "input_ids, labels 8 x 256 int64, scale float32"."""
+    names: dict[str, list[str]] = {}
+    for item in plan.inputs:
+        names.setdefault(" ".join([" x ".join(map(str, item.shape)), item.dtype]).strip(), []).append(item.name)
+    return "; ".join(f"{', '.join(own)} {shape}" for shape, own in names.items())
 
 
 def _exactly(plan: Plan, exact: Exact) -> str:

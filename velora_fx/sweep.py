@@ -13,7 +13,7 @@ from velora_fx.options import Options, budget_bytes_of, planning_device
 from velora_fx.planning import Planner
 from velora_fx.plans import BudgetError, Plan
 from velora_fx.progress import planning_progress
-from velora_fx.report import in_units, time_ratio
+from velora_fx.report import in_units, inputs_text, time_ratio
 
 HEADERS = ("budget", "fits", "peak", "compressed", "largest M", "recomputed", "step time", "also exactly")
 
@@ -63,9 +63,8 @@ def render_sweep(plans: Sequence[Plan]) -> str:
     align = ("right", "left", "right", "right", "right", "right", "right", "left")
     first = plans[0]
     untouched = f"untouched: {in_units(first.baseline.peak_bytes)}; {first.target} on {first.device}, {first.optimizer}"
-    return (
-        f"{tabulate(rows, HEADERS, colalign=align, disable_numparse=True)}\n\n{untouched}, step times on {first.rates}"
-    )
+    table = tabulate(rows, HEADERS, colalign=align, disable_numparse=True)
+    return f"{table}\n\n{untouched}, step times on {first.rates}; planned for {inputs_text(first)}"
 
 
 def _exactly(plan: Plan) -> str:
