@@ -93,6 +93,22 @@ def test_ddp_averages_the_gradients_of_both_ranks() -> None:
     on_two_ranks(ddp)
 
 
+def measured_under_ddp(rank: int) -> None:
+    model = without_dropout()
+    velora_fx.optimize(model, 1, (batch(rank),), measure=True)
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for number in range(3):
+        wrapped(batch(rank)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert (velora_fx.plan_of(wrapped).measured is None) == (number == 0)
+
+
+def test_a_step_under_ddp_is_measured_on_each_rank() -> None:
+    on_two_ranks(measured_under_ddp)
+
+
 def test_fsdp2_shards_the_gradients_of_both_ranks() -> None:
     on_two_ranks(fsdp2)
 

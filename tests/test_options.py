@@ -39,6 +39,8 @@ BAD: tuple[tuple[str, Any, str], ...] = (
     ("seed", 1.0, "an integer"),
     ("seed", None, "an integer"),
     ("seed", True, "an integer"),
+    ("measure", 1, "True or False"),
+    ("measure", None, "True or False"),
     ("device", "gpu", "'cpu'"),
     ("device", "mps", "'cpu' or 'cuda'"),
     ("device", "meta", "'cpu' or 'cuda'"),
@@ -57,6 +59,7 @@ GOOD: tuple[tuple[str, Any], ...] = (
     ("sub_token_sizes", [2]),
     ("sub_token_sizes", (32, 16, 32)),
     ("seed", -(2**80)),
+    ("measure", True),
     ("device", "cuda:1"),
     ("device", torch.device("cpu")),
 )

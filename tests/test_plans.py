@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 
 import velora_fx
 from tests.toys import rows, stack
+from velora_fx.timeline import Measured
 
 
 @pytest.fixture(scope="module")
@@ -13,8 +17,29 @@ def plan() -> velora_fx.Plan:
     return velora_fx.plan(stack(), 4, (rows(),))
 
 
-def test_a_plan_survives_json(plan: velora_fx.Plan) -> None:
-    assert velora_fx.Plan.from_json(plan.to_json()) == plan
+@pytest.fixture
+def measured_plan(plan: velora_fx.Plan) -> velora_fx.Plan:
+    sizes = {"parameters": 300, "buffers": 0, "gradients": 0, "optimizer": 200, "activations and temporary": 500}
+    return replace(plan, measured=Measured(1000, None, sizes))
+
+
+def test_a_plan_survives_json(plan: velora_fx.Plan, measured_plan: velora_fx.Plan) -> None:
+    assert plan.measured is None and "comparison" not in plan.to_dict()
+    for one in (plan, measured_plan):
+        assert velora_fx.Plan.from_json(one.to_json()) == one
+
+
+def test_json_has_predicted_beside_measured_with_the_difference(measured_plan: velora_fx.Plan) -> None:
+    rows = {row["name"]: row for row in json.loads(measured_plan.to_json())["comparison"]}
+    assert list(rows) == ["allocated", *measured_plan.measured.breakdown]  # type: ignore[union-attr]
+    predicted = measured_plan.planned.peak_bytes
+    assert rows["allocated"] == {
+        "name": "allocated",
+        "predicted_bytes": predicted,
+        "measured_bytes": 1000,
+        "difference_percent": pytest.approx(100 * (predicted - 1000) / 1000),
+    }
+    assert rows["buffers"]["difference_percent"] is None
 
 
 @pytest.mark.parametrize("schema", [2, None, "3"])

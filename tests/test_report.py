@@ -9,7 +9,7 @@ import pytest
 from expecttest import assert_expected_inline
 
 from velora_fx.plans import Decision, Input, Plan, Skipped
-from velora_fx.report import collapse, compact, in_units
+from velora_fx.report import collapse, compact
 from velora_fx.timeline import Group, Peak
 
 GIB, MIB = 2**30, 2**20
@@ -270,11 +270,3 @@ def test_texts_that_differ_in_layer_numbers_are_merged(texts: list[str], expecte
 )
 def test_names_with_one_parent_are_put_in_braces(names: list[str], expected: str) -> None:
     assert compact(names) == expected
-
-
-@pytest.mark.parametrize(
-    ("size", "expected"),
-    [(0, "0 B"), (1023, "1023 B"), (1536, "1.50 KiB"), (MIB, "1.00 MiB"), (GIB * 3 // 2, "1.50 GiB")],
-)
-def test_bytes_are_shown_in_binary_units(size: int, expected: str) -> None:
-    assert in_units(size) == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -16,6 +17,8 @@ from velora_fx.calibrate import calibrate
 from velora_fx.checkpointing import Checkpointed, install_checkpointing
 from velora_fx.first_forward import STATE, FirstForward, Request
 from velora_fx.installing import install
+from velora_fx.measured_report import mismatch_text
+from velora_fx.measuring import Measurement
 from velora_fx.options import Options, budget_bytes_of, planning_device
 from velora_fx.planning import Planner, actions_of
 from velora_fx.plans import Plan
@@ -23,17 +26,27 @@ from velora_fx.progress import planning_progress
 from velora_fx.region import Region
 from velora_fx.regions import find_regions
 from velora_fx.stand_in import uninstall
+from velora_fx.timeline import Measured
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 @dataclass
 class Installed:
-    """What `optimize` leaves on a model: its plan, its regions and its checkpointed blocks."""
+    """What `optimize` leaves on a model: its plan, its regions, its checkpointed blocks, and a pending measurement."""
 
     plan: Plan
     regions: list[Region]
     checkpointed: list[Checkpointed]
+    measurement: Measurement | None = None
+
+    def take(self, measured: Measured) -> None:
+        """Puts a real step into the plan, and warns of a plan that is far from it."""
+        self.plan = replace(self.plan, measured=measured)
+        self.measurement = None
+        text = mismatch_text(self.plan)
+        if text is not None:
+            warnings.warn(f"velora_fx: {text}", stacklevel=5)
 
 
 def optimize(
@@ -54,6 +67,7 @@ def optimize(
     recompute: bool = False,
     device: str | torch.device | None = None,
     seed: int = 0,
+    measure: bool = False,
 ) -> Model:
     """Makes one training step of the model fit a memory budget, in place, and returns the model.
 
@@ -83,6 +97,10 @@ def optimize(
         recompute: blocks may be recomputed besides, priced by the time it takes.
         device: what is planned for, "cpu" or "cuda"; by default the model's device.
         seed: seed of the projections.
+        measure: measure the real peak on CPU too, by PyTorch's profiler: do not start another one in that step. On
+            CUDA it is always measured. It is done once, from the end of the first optimizer step (on CUDA with
+            `torch.cuda.reset_peak_memory_stats`) to the end of the second; then `plan_of(model).measured` holds it, and
+            a warning tells of a plan that is off by more than 5%.
 
     Raises:
         ValueError: bad arguments, or a model without a trainable matrix product.
@@ -93,6 +111,7 @@ def optimize(
         optimizer=optimizer, target=target, gradients=gradients, projection=projection,
         sub_token_sizes=sub_token_sizes, filter_fn=filter_fn, loss_fn=loss_fn, device=device, seed=seed,
         gradient_accumulation=gradient_accumulation, exact_only=exact_only, recompute=recompute,
+        measure=measure,
     )  # fmt: skip
     request = _request(model, options, budget_gb, plan)
     if example_inputs is None:
@@ -150,6 +169,8 @@ def plan_of(model: torch.nn.Module) -> Plan:
 def restore(model: Model) -> Model:
     """Undoes `optimize`: every module gets its own forward back; a model that is not optimised stays as it is."""
     state = vars(model).pop(STATE, None)
+    if isinstance(state, Installed) and state.measurement is not None:
+        state.measurement.cancel()
     for stand_in in [*state.regions, *state.checkpointed] if isinstance(state, Installed) else [state] if state else []:
         stand_in.remove()  # also where a wrapper took its place
     uninstall(model)
@@ -203,8 +224,12 @@ def apply(model: torch.nn.Module, request: Request, args: tuple[Any, ...], kwarg
     restore(model)
     regions = install(model, analysis.region_plans(actions.sizes), options.seed)
     checkpointed = install_checkpointing(model, actions.recomputed)
-    setattr(model, STATE, Installed(made, regions, checkpointed))
-    watch_batches(model, {item.name: item.shape for item in made.inputs})
+    made = replace(made, measured=None) if made.measured is not None else made  # that was another run
+    installed = Installed(made, regions, checkpointed)
+    setattr(model, STATE, installed)
+    watch = watch_batches(model, {item.name: item.shape for item in made.inputs})
+    if options.measure or (made.device == "cuda" and torch.cuda.is_available()):
+        installed.measurement = Measurement(model, made.planned, made.device, watch.seen, installed.take)
     if request.projections:
         _load_projections(regions, request.projections)
     elif options.projection == "batch_mean":

@@ -36,6 +36,7 @@ class Options:
     recompute: bool = False
     device: str | torch.device | None = None
     seed: int = 0
+    measure: bool = False
 
     def __post_init__(self) -> None:
         _one_of("target", self.target, TARGETS)
@@ -61,6 +62,8 @@ class Options:
                 raise ValueError(f"{name} must be True or False, got {flag!r}")
         if type(self.seed) is not int:
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
+        if type(self.measure) is not bool:
+            raise ValueError(f"measure must be True or False, got {self.measure!r}")
         if self.device is not None:
             try:
                 kind = torch.device(self.device).type

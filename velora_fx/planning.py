@@ -15,9 +15,9 @@ from velora_fx.exact import ExactRivals
 from velora_fx.options import Options
 from velora_fx.plans import BudgetError, Decision, Exact, Plan, Recomputed
 from velora_fx.projection import without_wrappers
-from velora_fx.report import in_units
 from velora_fx.search import Search
 from velora_fx.timeline import Peak
+from velora_fx.units import in_units
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from velora_fx.comparison import compare_categories, compare_peaks
 from velora_fx.plotting import plot
 from velora_fx.report import render
 from velora_fx.snapshot import write_snapshot
-from velora_fx.timeline import Curve, Group, Peak
+from velora_fx.timeline import Curve, Group, Measured, Peak
 
 SCHEMA = 3
 
@@ -81,8 +82,9 @@ class Plan:
 
     `inputs` are those of the largest batch that it holds for. `budget_bytes` is what was asked for, None if nothing
     was. `baseline` and `planned` are the simulated peaks of the untouched and of the planned model, in bytes of tensors
-    plus overhead. `recomputed` names the blocks that recompute in backward; `exact` is the best that exact recompute
-    does in place of the compression, None where nothing is compressed. Step times are predicted for `rates`.
+    plus overhead; `measured` is the peak of a real step, once there was one. `recomputed` names the blocks that
+    recompute in backward; `exact` is the best that exact recompute does in place of the compression, None where nothing
+    is compressed. Step times are predicted for `rates`.
     """
 
     model: str
@@ -101,6 +103,7 @@ class Plan:
     notes: tuple[str, ...]
     projection: str
     seed: int
+    measured: Measured | None = None
 
     @property
     def fits(self) -> bool:
@@ -143,6 +146,9 @@ class Plan:
         data = asdict(replace(self, **peaks))
         for name in peaks:
             del data[name]["timeline"]
+        if self.measured is not None:
+            pairs = compare_peaks(self.planned, self.measured) + compare_categories(self.planned, self.measured)
+            data["comparison"] = [{**asdict(pair), "difference_percent": pair.difference_percent} for pair in pairs]
         return {"schema": SCHEMA, **data, "fits": self.fits}
 
     def to_json(self) -> str:
@@ -154,7 +160,7 @@ class Plan:
         """The inverse of `to_dict`; raises ValueError for another schema."""
         if data.get("schema") != SCHEMA:
             raise ValueError(f"a plan of schema {SCHEMA} is needed, got schema {data.get('schema')!r}")
-        fields = {name: value for name, value in data.items() if name not in ("schema", "fits")}
+        fields = {name: value for name, value in data.items() if name not in ("schema", "fits", "comparison")}
         fields["inputs"] = tuple(Input(**{**item, "shape": tuple(item["shape"])}) for item in data["inputs"])
         fields["baseline"], fields["planned"] = _peak(data["baseline"]), _peak(data["planned"])
         fields["decisions"] = tuple(
@@ -165,6 +171,7 @@ class Plan:
         fields["exact"] = None if data["exact"] is None else Exact(**data["exact"])
         fields["skipped"] = tuple(Skipped(**item) for item in data["skipped"])
         fields["notes"] = tuple(data["notes"])
+        fields["measured"] = None if data["measured"] is None else _measured(data["measured"])
         return cls(**fields)
 
     @classmethod
@@ -181,6 +188,10 @@ def _peak(data: Mapping[str, Any]) -> Peak:
     there = data.get("there")
     largest = tuple(Group(**group) for group in data.get("largest", ()))
     return Peak(**{**data, "curve": curve, "there": None if there is None else Group(**there), "largest": largest})
+
+
+def _measured(data: Mapping[str, Any]) -> Measured:
+    return Measured(**{**data, "inputs": {name: tuple(shape) for name, shape in data["inputs"].items()}})
 
 
 class BudgetError(ValueError):

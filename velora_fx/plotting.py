@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from velora_fx.report import UNITS, in_units, in_use, place_of
+from velora_fx.report import in_use, place_of
 from velora_fx.timeline import Peak
+from velora_fx.units import UNITS, in_units
 
 if TYPE_CHECKING:
     from velora_fx.plans import Plan

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
+from velora_fx.measured_report import render_measured
+from velora_fx.units import in_units
+
 if TYPE_CHECKING:
     from velora_fx.plans import Decision, Exact, Plan
     from velora_fx.timeline import Group, Peak
@@ -18,13 +21,20 @@ if TYPE_CHECKING:
 LAYER = re.compile(r"(?<=[A-Za-z_]\.)\d+")
 RANGES = re.compile(r"\d+[,-][\d,-]+")
 LAYERS = re.compile(r"(?<=[A-Za-z_]\.)[\d,-]+( x\d+)?")
-UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 Numbers = tuple[int, ...]
 
 
 def render(plan: Plan) -> str:
     """The report of a plan: memory before and after, what is compressed, what is skipped and why."""
-    sections = [_header(plan), _memory(plan), _largest(plan), _decisions(plan), _recomputed(plan), _summary(plan)]
+    sections = [
+        _header(plan),
+        _memory(plan),
+        render_measured(plan),
+        _largest(plan),
+        _decisions(plan),
+        _recomputed(plan),
+        _summary(plan),
+    ]
     return "\n\n".join(section for section in sections if section)
 
 
@@ -246,8 +256,3 @@ def _ranges(numbers: Numbers) -> str:
         else:
             runs.append([number])
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-def in_units(size: int) -> str:
-    """A number of bytes in the largest binary unit that it fills: "1.50 GiB"."""
-    return next((f"{size / unit:.2f} {name}" for unit, name in UNITS if size >= unit), f"{size} B")

@@ -13,7 +13,8 @@ from velora_fx.options import Options, budget_bytes_of, planning_device
 from velora_fx.planning import Planner
 from velora_fx.plans import BudgetError, Plan
 from velora_fx.progress import planning_progress
-from velora_fx.report import in_units, inputs_text, time_ratio
+from velora_fx.report import inputs_text, time_ratio
+from velora_fx.units import in_units
 
 HEADERS = ("budget", "fits", "peak", "compressed", "largest M", "recomputed", "step time", "also exactly")
 

@@ -89,6 +89,21 @@ class Peak:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """The highest point of a real step: bytes of tensors and, on CUDA, of what the allocator had reserved.
+
+    `breakdown` is what the tensors were: the model's and the optimizer's as counted at the end of the step, gradients
+    as many of them as the plan has at its peak, on CUDA also what was there besides; the rest are activations and
+    temporary tensors. `inputs` are the shapes of the largest inputs in that step, as far as they were seen.
+    """
+
+    allocated_bytes: int
+    reserved_bytes: int | None
+    breakdown: Mapping[str, int]
+    inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Timeline:
     """Births and deaths of storages in time order.
 
