@@ -8,6 +8,7 @@ import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,7 +116,7 @@ def simulate_forward(
 ) -> None:
     """Runs the forward alone, as a compiler traces it, for what it calls."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), kernels_of(device), as_compiled():
-        model(*args, **kwargs)
+        _run_forward(lambda: model(*args, **kwargs))
 
 
 def _prime(optimizer: torch.optim.Optimizer) -> None:
@@ -138,12 +139,14 @@ def _optimizer_step(optimizer: torch.optim.Optimizer) -> None:
         ) from error
 
 
-def _run_forward(run: Callable[[], torch.Tensor]) -> torch.Tensor:
+def _run_forward(run: Callable[[], Any]) -> Any:
     """Runs a forward; ValueError, with the place in the code, where it asks for values that planning does not have."""
     try:
         return run()
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        inside = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
+        frames = traceback.extract_tb(error.__traceback__)
+        own = str(Path(__file__).parent)
+        inside = [f for f in frames if "/torch/" not in f.filename and not f.filename.startswith(own)]
         raise ValueError(
             "planning runs the model without values, and its forward asks for some (a branch on an activation, "
             f".item(), nonzero): {inside[-1].filename}:{inside[-1].lineno}: {inside[-1].line}"
