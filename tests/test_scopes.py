@@ -53,8 +53,8 @@ def timeline_of(
     make_optimizer = optimizer_factory(optimizer, model, CPU)
     tracker = make_tracker(fake, CPU)
     return simulate(
-        fake, fake_copy(args, mode), {}, make_optimizer=make_optimizer, loss_fn=loss_fn, device=CPU, tracker=tracker,
-        timer=StepTimer(device_rates(CPU)), **options,
+        fake, fake_copy(args, mode), {}, input_names=("x",), make_optimizer=make_optimizer, loss_fn=loss_fn, device=CPU,
+        tracker=tracker, timer=StepTimer(device_rates(CPU)), **options,
     )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def test_every_storage_of_a_step_has_a_label() -> None:
             for state in ("step", "exp_avg", "exp_avg_sq")
         ),
         *(f"{weight}.weight" for weight in ("first", "inner.0", "inner.2", "head")),
-        "input 0",
+        "x",
     ]
 
 
@@ -180,7 +180,7 @@ def test_temporaries_of_the_optimizer_are_named_as_such() -> None:
     mode, model = fake_mode(), Widths()
     fake = fake_copy(model, mode)
     timeline = simulate(
-        fake, fake_copy((torch.zeros(4, 3),), mode), {}, loss_fn=default_loss, device=CPU,
+        fake, fake_copy((torch.zeros(4, 3),), mode), {}, input_names=("x",), loss_fn=default_loss, device=CPU,
         make_optimizer=lambda copied: torch.optim.AdamW(copied.parameters(), foreach=True),
         tracker=make_tracker(fake, CPU), timer=StepTimer(device_rates(CPU)),
     )  # fmt: skip

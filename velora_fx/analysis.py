@@ -117,8 +117,8 @@ def analyse(
             )
         loss_fn = options.loss_fn or default_loss
         return simulate(
-            fake, *inputs, make_optimizer=make_optimizer, loss_fn=loss_fn, device=device, timer=timer,
-            accumulates=options.gradient_accumulation > 1, tracker=tracker,
+            fake, *inputs, input_names=parameter_names(model), make_optimizer=make_optimizer, loss_fn=loss_fn,
+            device=device, timer=timer, accumulates=options.gradient_accumulation > 1, tracker=tracker,
         )  # fmt: skip
 
     def traced_forward(fake: torch.nn.Module) -> None:
@@ -149,9 +149,9 @@ def analyse(
     )
     _check_sizes(options, candidates, findings)
     return Analysis(
-        findings, candidates, find_recomputable(model, findings), skipped + _without_products(fake_model(), findings),
-        with_overhead(untouched.peak, device), untouched, _inputs(model, args, kwargs), device,
-        _notes(model, replaced, options), is_compiled, simulate_actions,
+        findings, candidates, find_recomputable(model, findings, is_compiled),
+        skipped + _without_products(fake_model(), findings), with_overhead(untouched.peak, device), untouched,
+        _inputs(model, args, kwargs), device, _notes(model, replaced, options), is_compiled, simulate_actions,
     )  # fmt: skip
 
 

@@ -25,10 +25,11 @@ class Block:
     end: int
 
 
-def find_recomputable(model: torch.nn.Module, findings: Findings) -> tuple[Block, ...]:
+def find_recomputable(model: torch.nn.Module, findings: Findings, is_compiled: bool) -> tuple[Block, ...]:
     """The repeated blocks, in order, that keep something and whose forward does the same when it runs again.
 
-    A forward that could not be captured may do anything; one that changes buffers would change them twice.
+    A forward that could not be captured may do anything; one that changes buffers would change them twice. A model in
+    which nothing repeats is a block of its own, unless it is compiled: the compiler recomputes what is cheap as it is.
     """
     timeline = findings.timeline
     assert timeline is not None
@@ -42,7 +43,12 @@ def find_recomputable(model: torch.nn.Module, findings: Findings) -> tuple[Block
     blocks = []
     for name, module in find_blocks(model).items():
         graphs = [graph.gm for graph in findings.graphs.get(name, ()) if graph.gm is not None]
-        unfit = name in findings.failures or is_checkpointed(module) or any(map(mutated_state, graphs))
+        unfit = (
+            (is_compiled and module is model)
+            or name in findings.failures
+            or is_checkpointed(module)
+            or any(map(mutated_state, graphs))
+        )
         if unfit or not graphs or name not in kept:
             continue
         storages = kept[name]

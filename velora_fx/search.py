@@ -16,7 +16,7 @@ from velora_fx.overhead import tensors_within
 from velora_fx.solver import Item, Moment, choose, highest_levels
 from velora_fx.timeline import Peak
 
-RUNGS, COMPILED_RUNGS = 4096, 128  # a simulation of a compiled step compiles what is new in it
+RUNGS, COMPILED_RUNGS = 4096, 32  # a simulation of a compiled step compiles what is new in it
 # Where time and approximation are traded: halving what is kept of every weight's input counts as much as this share of
 # the step's time.
 HALVING_PRICE = 0.02
@@ -60,7 +60,7 @@ class Search:
         """What needs no simulation: how far the solver's estimates are off is known at both ends of the ladder."""
         low, high = self._ends
         errors = self.tightest[1].tensor_bytes - low, self.analysis.baseline.tensor_bytes - high
-        margin = abs(errors[1] - errors[0]) // 2 + 2 * (high - low) // self._rungs
+        margin = abs(errors[1] - errors[0]) // 4 + (high - low) // self._rungs
         target = self._target(rung)
         if target + max(errors) + margin <= tensor_budget_bytes:
             return True

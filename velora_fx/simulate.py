@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
+from velora_fx.arguments import named_tensors
 from velora_fx.fake import as_compiled, kernels_of
 from velora_fx.scopes import Scopes
 from velora_fx.step_time import StepTimer
@@ -29,6 +30,7 @@ def simulate(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
+    input_names: Sequence[str],
     make_optimizer: OptimizerFactory,
     loss_fn: Callable[[Any], torch.Tensor],
     device: torch.device,
@@ -48,9 +50,8 @@ def simulate(
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
     _watch_state(model, optimizer, tracker)
-    for name, value in [*((f"input {number}", value) for number, value in enumerate(args)), *kwargs.items()]:
-        if isinstance(value, torch.Tensor):
-            tracker.watch(value, "activations", name)
+    for name, tensor in named_tensors(input_names, args, kwargs):
+        tracker.watch(tensor, "activations", name)
     before = set(tracker.live())
     timer.seconds = 0.0
     scopes = tracker.scopes.on() if tracker.scopes else contextlib.nullcontext()
