@@ -24,7 +24,7 @@ def analysis_of(name: str) -> Analysis:
     return analyse(case.build(), (), case.batch(*shape), options, torch.device("cpu"), lambda step: None)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit", "torch_encoder"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit", "qwen3"])
 def test_along_twenty_budgets_peaks_rise_and_approximation_falls(name: str) -> None:
     analysis = analysis_of(name)
     search = Search(analysis, compresses=True, recomputes=False)
