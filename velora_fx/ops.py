@@ -75,7 +75,7 @@ def compress_blocks(x: Tensor, v: Tensor, num_blocks: int | None) -> Tensor:
     """The kernel for CPUs, for the first blocks of rows only: the first takes as much memory as any other."""
     _check_compress(x, v)
     accumulator = torch.promote_types(x.dtype, torch.float32)
-    v = v.to(accumulator)
+    v = v if v.dtype == accumulator else v.to(accumulator)  # else it is followed as a new tensor
     rows = max(1, _BLOCK_BYTES // max(1, v.numel() * accumulator.itemsize))
     z = x.new_empty(*x.shape[:-1], v.shape[0])
     for x_block, z_block in islice(_row_blocks(x.view(*x.shape[:-1], *v.shape), z, rows), num_blocks):
