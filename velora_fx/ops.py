@@ -50,8 +50,9 @@ def compress_reference(x: Tensor, v: Tensor) -> Tensor:
     """
     _check_compress(x, v)
     accumulator = torch.promote_types(x.dtype, torch.float32)
+    v = v if v.dtype == accumulator else v.to(accumulator)  # else it is followed as a new tensor
     groups = x.view(*x.shape[:-1], *v.shape)
-    return (groups.to(accumulator) * v.to(accumulator)).sum(-1).to(x.dtype)
+    return (groups.to(accumulator) * v).sum(-1).to(x.dtype)
 
 
 def _linear_forward(
@@ -75,7 +76,7 @@ def compress_blocks(x: Tensor, v: Tensor, num_blocks: int | None) -> Tensor:
     """The kernel for CPUs, for the first blocks of rows only: the first takes as much memory as any other."""
     _check_compress(x, v)
     accumulator = torch.promote_types(x.dtype, torch.float32)
-    v = v if v.dtype == accumulator else v.to(accumulator)  # else it is followed as a new tensor
+    v = v if v.dtype == accumulator else v.to(accumulator)
     rows = max(1, _BLOCK_BYTES // max(1, v.numel() * accumulator.itemsize))
     z = x.new_empty(*x.shape[:-1], v.shape[0])
     for x_block, z_block in islice(_row_blocks(x.view(*x.shape[:-1], *v.shape), z, rows), num_blocks):
