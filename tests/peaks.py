@@ -18,9 +18,10 @@ from velora_fx.analysis import Analysis, analyse
 from velora_fx.inductor import without_kernels
 from velora_fx.installing import install
 from velora_fx.options import Options, planning_device
+from velora_fx.regions import find_blocks
 from velora_fx.search import Search
 
-TOLERANCE = {"eager": 0.02, "inductor": 0.03}
+TOLERANCE = {"eager": 0.02, "inductor": 0.03, "blocks": 0.03}
 LossOf = Callable[[Any], Tensor]
 
 
@@ -62,16 +63,18 @@ def measured_peak(
     loss_of: LossOf = scalar,
     autocast: bool = False,
     accumulates: bool = False,
-    by_blocks: Iterable[nn.Module] = (),
 ) -> int:
     """Peak bytes of the second step on the real allocator; with `accumulates` of its second batch.
 
-    Compiled code runs without its kernels, which allocate nothing: see `test_inductor`.
+    `target` "blocks" is the eager model with each of its blocks compiled by itself. Compiled code runs without its
+    kernels, which allocate nothing: see `test_inductor`.
     """
     model = copy.deepcopy(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
     torch._dynamo.reset()
     run = torch.compile(model, fullgraph=True) if target == "inductor" else model
+    for block in find_blocks(model).values() if target == "blocks" else ():
+        block.compile(fullgraph=True)
 
     def backward() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):

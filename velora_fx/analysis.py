@@ -25,6 +25,7 @@ from velora_fx.options import Options
 from velora_fx.overhead import with_overhead
 from velora_fx.plans import Input, Skipped
 from velora_fx.probe import Findings, Use, probe
+from velora_fx.regional import compile_blocks
 from velora_fx.regions import child_regions, find_regions
 from velora_fx.simulate import default_loss, make_tracker, optimizer_factory, simulate, simulate_forward
 from velora_fx.stand_in import uninstall
@@ -49,7 +50,8 @@ class Analysis:
     """A model's step: its timeline, what can be compressed or recomputed, and what cannot.
 
     `timeline` is that of the trial step, whose events `findings` and `blocks` refer to. `simulate` gives the timeline
-    with the given actions; with `compiler_recomputes` that of a compiler that is told to recompute what it can.
+    with the given actions; with `compiler_recomputes` that of a compiler that is told to recompute what it can, with
+    `is_whole=False` that of blocks that are compiled one by one (`block.compile()`).
     """
 
     findings: Findings
@@ -64,13 +66,18 @@ class Analysis:
     is_compiled: bool
     simulate: Callable[..., Timeline]
 
+    @property
+    def has_blocks(self) -> bool:
+        """False for a model in which nothing repeats."""
+        return set(self.findings.calls) != {""}
+
     def region_plans(self, sizes: Sizes) -> dict[str, RegionPlan]:
         """What to install for the given sub-token sizes."""
         return region_plans(self.findings, self.candidates, sizes)
 
-    def peak(self, actions: Actions, compiler_recomputes: bool = False) -> Peak:
-        """The simulated peak with the given actions, overhead included."""
-        return with_overhead(self.simulate(actions, compiler_recomputes).peak, self.device)
+    def peak(self, actions: Actions, **how: bool) -> Peak:
+        """The simulated peak with the given actions, overhead included; `how` is as for `simulate`."""
+        return with_overhead(self.simulate(actions, **how).peak, self.device)
 
 
 def analyse(
@@ -98,19 +105,22 @@ def analyse(
     is_compiled = options.target == "inductor"
     compilers = {told: Inductor(device, timer, told) for told in (False, True)} if is_compiled else {}
 
-    def fake_model() -> torch.nn.Module:
-        return _fake_model(model, mode, device, replaced, "none" if is_compiled else "integers")
+    def fake_model(is_whole: bool = is_compiled) -> torch.nn.Module:
+        return _fake_model(model, mode, device, replaced, "none" if is_whole else "integers")
 
     def step(
         fake: torch.nn.Module,
         tracker: Tracker | None = None,
         observer_of: ObserverOf = unobserved,
         compiler_recomputes: bool = False,
+        is_whole: bool = is_compiled,
     ) -> Timeline:
         trial = tracker is not None  # its figures are estimates, and what it finds has to belong to blocks
         tracker = tracker or make_tracker(fake, device)
-        inputs = fake_copy((args, kwargs), mode, device, real="none" if is_compiled else "all")
-        if is_compiled:
+        inputs = fake_copy((args, kwargs), mode, device, real="none" if is_whole else "all")
+        if is_compiled and not is_whole:
+            compile_blocks(fake, findings.graphs, compilers[compiler_recomputes])
+        elif is_compiled:
             compiler = compilers[compiler_recomputes]
             fake.forward = compiled_forward(
                 fake, *inputs, findings.graphs, compiler, observer_of, tracker.inside, by_blocks=trial
@@ -124,12 +134,12 @@ def analyse(
     def traced_forward(fake: torch.nn.Module) -> None:
         simulate_forward(fake, *fake_copy((args, kwargs), mode, device, real="none"), device)
 
-    def simulate_actions(actions: Actions, compiler_recomputes: bool = False) -> Timeline:
+    def simulate_actions(actions: Actions, compiler_recomputes: bool = False, is_whole: bool = is_compiled) -> Timeline:
         progress("planned step")
-        fake = fake_model()
+        fake = fake_model(is_whole)
         install(fake, region_plans(findings, candidates, actions.sizes), options.seed)
         install_checkpointing(fake, actions.recomputed)
-        return step(fake, compiler_recomputes=compiler_recomputes)
+        return step(fake, compiler_recomputes=compiler_recomputes, is_whole=is_whole)
 
     if is_compiled:
         findings = probe(fake_model(), None, traced_forward, Tracker(), progress, replaced)
@@ -151,7 +161,8 @@ def analyse(
     return Analysis(
         findings, candidates, find_recomputable(model, findings, is_compiled),
         skipped + _without_products(fake_model(), findings), with_overhead(untouched.peak, device), untouched,
-        _inputs(model, args, kwargs), device, _notes(model, replaced, options), is_compiled, simulate_actions,
+        _inputs(model, args, kwargs), device, _notes(model, replaced, options, device), is_compiled,
+        simulate_actions,
     )  # fmt: skip
 
 
@@ -175,8 +186,12 @@ def _fake_model(
     return fake if model.training else fake.train()
 
 
-def _notes(model: torch.nn.Module, replaced: Collection[str], options: Options) -> tuple[str, ...]:
+def _notes(
+    model: torch.nn.Module, replaced: Collection[str], options: Options, device: torch.device
+) -> tuple[str, ...]:
     notes = []
+    if options.target == "inductor" and device.type == "cuda" and not torch.cuda.is_available():
+        notes.append("for want of a GPU the compiler's code is that for the CPU; Triton's may fuse otherwise")
     if options.gradient_accumulation > 1:
         notes.append(
             f"gradients of {options.gradient_accumulation} batches are added up: they are there from the start"

@@ -14,7 +14,7 @@ from velora_fx.capture import Captured
 from velora_fx.checkpoint_calls import ContextFn
 from velora_fx.checkpointing import CONTEXTS, Checkpointed
 from velora_fx.fake import fake_tensor
-from velora_fx.graphs import Call, RegionGraph, find_graph, key_of
+from velora_fx.graphs import Call, RegionGraph, find_graph, key_of, make_graph, merge_graph
 from velora_fx.passes.recompute_in_backward import recompute_in_backward
 from velora_fx.probe import without_checkpointing
 from velora_fx.region import Region, is_checkpointed, make_call
@@ -32,6 +32,7 @@ class FoundGraph:
     gm: GraphModule
     projections: tuple[torch.Tensor, ...]
     plain: GraphModule
+    caches: Sequence[Any] = ()
 
     @property
     def captured(self) -> Captured:
@@ -50,6 +51,7 @@ class BlockGraphs:
     def __init__(self, graphs: Mapping[str, Sequence[RegionGraph]]) -> None:
         self.graphs = graphs
         self._filling: dict[int, GraphModule] = {}
+        self._library: list[RegionGraph] = []
         self._recomputing: dict[tuple[int, ContextFn | None], GraphModule] = {}
 
     def find(
@@ -60,8 +62,12 @@ class BlockGraphs:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         checkpoints: Sequence[ContextFn | None],
+        captures: bool = False,
     ) -> FoundGraph | None:
-        """The graph of a call within the given checkpoints, the innermost last; None if there is none."""
+        """The graph of a call within the given checkpoints, the innermost last; None if there is none.
+
+        With `captures` an untouched block that is called in a new way gets one.
+        """
         call = make_call(block, args, kwargs)
         if isinstance(forward, Checkpointed):
             checkpoints = [CONTEXTS[forward.recompute]]
@@ -76,9 +82,12 @@ class BlockGraphs:
         if graph is None or graph.gm is None:
             with without_checkpointing(block):  # as it was captured
                 graph = find_graph(self.graphs.get(name, ()), call, key_of(call), exact=False)
+                if graph is None and captures and not isinstance(forward, Region):
+                    graph = self._captured(call)
         if graph is None or graph.gm is None:
             return None
         plain = gm = graph.gm
+        caches: list[Any] = []
         if checkpoints:
             key = id(graph), checkpoints[-1]
             if key not in self._recomputing:
@@ -88,7 +97,15 @@ class BlockGraphs:
             if id(graph) not in self._filling:
                 self._filling[id(graph)] = filling_graph(block, args, kwargs, caches)
             plain = gm = self._filling[id(graph)]
-        return FoundGraph(call, graph, gm, projections, plain)
+        return FoundGraph(call, graph, gm, projections, plain, caches)
+
+    def _captured(self, call: Call) -> RegionGraph:
+        """A new graph, or one that was captured for an equal block."""
+        graph = find_graph(self._library, call, key_of(call), exact=True)
+        if graph is None:
+            graph = merge_graph(self._library, make_graph(call, key_of(call)))
+            self._library.append(graph)
+        return graph
 
 
 def _fakes(tensors: Sequence[torch.Tensor], like: Any) -> tuple[torch.Tensor, ...]:

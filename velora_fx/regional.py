@@ -1,0 +1,46 @@
+"""A model whose blocks are compiled one by one (`block.compile()`) and that runs eagerly around them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from velora_fx.block_graphs import BlockGraphs
+from velora_fx.compiled import unobserved
+from velora_fx.graphs import RegionGraph
+from velora_fx.inductor import Inductor
+from velora_fx.regions import find_blocks
+
+HELD = "_held_by_compiled_blocks"
+
+
+def compile_blocks(model: torch.nn.Module, graphs: Mapping[str, Sequence[RegionGraph]], inductor: Inductor) -> None:
+    """Has the blocks of a fake model run as they do after `block.compile()`, for good.
+
+    Where nothing repeats the model stays as it is. `graphs` are those of the untouched blocks by name; a block that no
+    graph can be made for runs eagerly.
+    """
+    block_graphs = BlockGraphs(graphs)
+    for name, block in find_blocks(model).items():
+        if block is not model:
+            block.forward = _CompiledBlock(name, block, block.forward, block_graphs, inductor)
+
+
+class _CompiledBlock:
+    def __init__(
+        self, name: str, block: torch.nn.Module, forward: Any, block_graphs: BlockGraphs, inductor: Inductor
+    ) -> None:
+        self.name, self.block, self.forward = name, block, forward
+        self.block_graphs, self.inductor = block_graphs, inductor
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        found = self.block_graphs.find(self.name, self.block, self.forward, args, kwargs, (), captures=True)
+        if found is None:
+            return self.forward(*args, **kwargs)
+        outputs = self.inductor.run(found.gm, [*found.call.tensors, *found.projections], unobserved({}))
+        num_results = len(found.captured.slots)
+        for cache in found.caches:  # keys and values live as long as the cache that they are put in
+            vars(cache).setdefault(HELD, []).extend(outputs[num_results:])
+        return found.graph.result(outputs[:num_results])
