@@ -3,9 +3,9 @@
 That code allocates and frees every buffer by name; with kernels that compute nothing it shows what a compiled graph
 holds at any time, to the byte: fused intermediates never appear, and buffers are used again as in a real run.
 
-Planned for CUDA without a GPU, the code is that for the CPU, with attention as the GPU's one operator. Triton's fuses by
-the same rules of the same scheduler: the forward of a Llama block of 7B size with embedding, head and loss gets buffers
-of the same number of bytes from both. It may split large reductions in backward, which takes small buffers more.
+Planned for CUDA without a GPU, the code is that for the CPU, with attention as the GPU's one operator. Triton's fuses
+by the same scheduler: the forward of a Llama block of 7B size with embedding, head and loss allocates as many bytes in
+either. In backward Triton may split large reductions, which takes small buffers more.
 """
 
 from __future__ import annotations
