@@ -49,7 +49,7 @@ def test_few_blocks_are_one_graph_with_what_surrounds_them() -> None:
 
 def test_of_many_blocks_the_inner_ones_are_compiled_apart_and_once() -> None:
     forward, x = compiled(stack(num_blocks=6))
-    assert names(forward) == ["", "blocks.1", "blocks.2", "blocks.3", ""]
+    assert names(forward) == ["", "blocks.1", "blocks.2", "blocks.3", "blocks.4", ""]
     forward(x).backward()
     assert len(forward.inductor.compiled) == 3
     assert all(parameter.grad is not None for parameter in forward.model.parameters())

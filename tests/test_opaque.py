@@ -30,10 +30,10 @@ def calls(kinds: str) -> list[BlockCall]:
     [
         ("", ""),
         ("aaaa", "...."),
-        ("aaaaaaa", ".xxxx.."),
-        ("aaaaabbbbb", ".xx...xx.."),
-        ("aa-aaaaa", "....xx.."),
-        ("abababababab", ".xxxxxxxxx.."),
+        ("aaaaaaa", ".xxxxx."),
+        ("aaaaabbbbb", ".xxx..xxx."),
+        ("aa-aaaaa", "....xxx."),
+        ("abababababab", ".xxxxxxxxxx."),
         ("ab-bababab-b", ".x.xxxxxxx.."),
     ],
 )

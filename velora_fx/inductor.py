@@ -128,7 +128,8 @@ def _compile(gm: GraphModule, inputs: Sequence[torch.Tensor], timer: StepTimer, 
         "enable_autograd_cache": False,
         "ban_recompute_materialized_backward": not recomputes,
     }
-    uncached = {"fx_graph_cache": False, "compile_threads": 1}
+    # Kernels are written but never run: plain ones are written soonest, and take the same buffers as vectorised ones.
+    uncached = {"fx_graph_cache": False, "compile_threads": 1, "cpp.simdlen": 1}
     with config.patch(uncached), functorch_config.patch(eager_backward):
         call: Any = compile_fx(copy.deepcopy(gm), list(inputs), inner_compile=inner_compile)
     return CompiledGraph(call, kept, observe)

@@ -20,7 +20,7 @@ from velora_fx.limits import CaptureError
 from velora_fx.region import make_call
 from velora_fx.regions import find_blocks
 
-ALL_JOINED, LAST_JOINED, MAX_JOINED = 4, 2, 9
+ALL_JOINED, MAX_JOINED = 4, 8
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,14 @@ def inner_calls(calls: Sequence[BlockCall]) -> frozenset[int]:
     """The numbers of the calls to compile apart: those within runs of equal ones, of which a compiler makes nearly the
     same each.
 
-    The first and the last LAST_JOINED of a run are compiled with what surrounds them: there the peaks of a step are,
-    and Inductor lets sums of the outputs of several blocks wait for each other. Where blocks alternate so that more
-    than MAX_JOINED would be, only the ends of the model are. Of no more than ALL_JOINED calls none is apart.
+    The ends of a run are compiled with what surrounds them: there the peaks of a step are. Where blocks alternate so
+    that more than MAX_JOINED would be, only the ends of the model are. Of no more than ALL_JOINED calls none is apart.
     """
     if len(calls) <= ALL_JOINED:
         return frozenset()
     kinds = [None if call.gm is None else id(call.gm) for call in calls]
-    known = [number for number in range(1, len(calls) - LAST_JOINED) if kinds[number] is not None]
-    inner = [number for number in known if len(set(kinds[number - 1 : number + 1 + LAST_JOINED])) == 1]
+    known = [number for number in range(1, len(calls) - 1) if kinds[number] is not None]
+    inner = [number for number in known if kinds[number - 1] == kinds[number] == kinds[number + 1]]
     return frozenset(inner if len(calls) - len(inner) <= MAX_JOINED else known)
 
 
