@@ -32,7 +32,7 @@ def test_the_peak_is_the_allocators_untouched_and_compressed() -> None:
     analysis = predicted.analysis
     sizes = {candidate.key: candidate.sizes[-1] for candidate in analysis.candidates}
     for one, actions in ((model, Actions()), (predicted.compressed, Actions(sizes))):
-        peak = analysis.peak(actions, is_whole=False)
+        peak = analysis.peak(actions, by_blocks=True)
         assert_near(peak.peak_bytes, measured_peak(one, batch(), "blocks"), "blocks")
 
 
@@ -41,7 +41,7 @@ def test_blocks_that_fill_a_cache_return_keys_and_values_that_live_as_long_as_it
     model, inputs = case.build(), case.batch(16, 32)
     analysis = predict(model, inputs, target="inductor", loss_fn=zoo.loss_of).analysis
     assert_near(
-        analysis.peak(Actions(), is_whole=False).peak_bytes,
+        analysis.peak(Actions(), by_blocks=True).peak_bytes,
         measured_peak(model, inputs, "blocks", zoo.loss_of),
         "blocks",
     )
@@ -58,7 +58,7 @@ def test_compiled_blocks_inside_of_checkpoints_run_twice() -> None:
     torch.manual_seed(0)
     model = plain(Checkpointing(3))
     analysis = predict(model, batch(), target="inductor").analysis
-    peak = analysis.peak(Actions(), is_whole=False)
+    peak = analysis.peak(Actions(), by_blocks=True)
     assert_near(peak.peak_bytes, measured_peak(model, batch(), "blocks"), "blocks")
 
 

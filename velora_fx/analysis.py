@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from types import FunctionType
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from velora_fx.arguments import named_tensors, parameter_names
-from velora_fx.batch_watch import unwatch
 from velora_fx.blocks import Block, find_recomputable
 from velora_fx.candidates import Candidate, find_candidates, full_name
 from velora_fx.checkpointing import Recompute, install_checkpointing
-from velora_fx.compiled import ObserverOf, compiled_forward, unobserved
-from velora_fx.devices import device_rates
-from velora_fx.fake import Real, fake_copy, fake_mode
-from velora_fx.inductor import Inductor
 from velora_fx.installing import RegionPlan, install, region_plans
 from velora_fx.kept import KeptTensors
 from velora_fx.options import Options
 from velora_fx.overhead import with_overhead
 from velora_fx.plans import Input, Skipped
 from velora_fx.probe import Findings, Use, probe
-from velora_fx.regional import compile_blocks
 from velora_fx.regions import child_regions, find_regions
-from velora_fx.simulate import default_loss, make_tracker, optimizer_factory, simulate, simulate_forward
-from velora_fx.stand_in import uninstall
-from velora_fx.step_time import StepTimer
+from velora_fx.rehearsal import Rehearsal
+from velora_fx.simulate import optimizer_factory
 from velora_fx.timeline import Peak, Timeline
 from velora_fx.tracker import Tracker
 
@@ -51,7 +42,8 @@ class Analysis:
 
     `timeline` is that of the trial step, whose events `findings` and `blocks` refer to. `simulate` gives the timeline
     with the given actions; with `compiler_recomputes` that of a compiler that is told to recompute what it can, with
-    `is_whole=False` that of blocks that are compiled one by one (`block.compile()`).
+    `by_blocks`, or where blocks are recomputed, that of blocks that are compiled one by one (`block.compile()`): what a
+    compiler makes of several that are recomputed at once is not known.
     """
 
     findings: Findings
@@ -98,58 +90,11 @@ def analyse(
             "the model has no trainable matrix product, so there is nothing to compress: "
             "check requires_grad of its parameters"
         )
-    mode = fake_mode()
-    make_optimizer = optimizer_factory(options.optimizer, model, device)
-    replaced = [name for name, module in model.named_modules() if isinstance(vars(module).get("forward"), FunctionType)]
-    timer = StepTimer(device_rates(device))
-    is_compiled = options.target == "inductor"
-    compilers = {told: Inductor(device, timer, told) for told in (False, True)} if is_compiled else {}
-
-    def fake_model(is_whole: bool = is_compiled) -> torch.nn.Module:
-        return _fake_model(model, mode, device, replaced, "none" if is_whole else "integers")
-
-    def step(
-        fake: torch.nn.Module,
-        tracker: Tracker | None = None,
-        observer_of: ObserverOf = unobserved,
-        compiler_recomputes: bool = False,
-        is_whole: bool = is_compiled,
-    ) -> Timeline:
-        trial = tracker is not None  # its figures are estimates, and what it finds has to belong to blocks
-        tracker = tracker or make_tracker(fake, device)
-        inputs = fake_copy((args, kwargs), mode, device, real="none" if is_whole else "all")
-        if is_compiled and not is_whole:
-            compile_blocks(fake, findings.graphs, compilers[compiler_recomputes])
-        elif is_compiled:
-            compiler = compilers[compiler_recomputes]
-            fake.forward = compiled_forward(
-                fake, *inputs, findings.graphs, compiler, observer_of, tracker.inside, by_blocks=trial
-            )
-        loss_fn = options.loss_fn or default_loss
-        return simulate(
-            fake, *inputs, input_names=parameter_names(model), make_optimizer=make_optimizer, loss_fn=loss_fn,
-            device=device, timer=timer, accumulates=options.gradient_accumulation > 1, tracker=tracker,
-        )  # fmt: skip
-
-    def traced_forward(fake: torch.nn.Module) -> None:
-        simulate_forward(fake, *fake_copy((args, kwargs), mode, device, real="none"), device)
-
-    def simulate_actions(actions: Actions, compiler_recomputes: bool = False, is_whole: bool = is_compiled) -> Timeline:
-        progress("planned step")
-        fake = fake_model(is_whole)
-        install(fake, region_plans(findings, candidates, actions.sizes), options.seed)
-        install_checkpointing(fake, actions.recomputed)
-        return step(fake, compiler_recomputes=compiler_recomputes, is_whole=is_whole)
-
-    if is_compiled:
-        findings = probe(fake_model(), None, traced_forward, Tracker(), progress, replaced)
-        kept = KeptTensors(findings, Tracker())
-        timeline = step(fake_model(), kept.tracker, kept.observer_of)
-        findings = replace(findings, savings=tuple(kept.savings), last_uses=kept.last_uses, timeline=timeline)
-    else:
-        findings = probe(fake_model(), step, traced_forward, Tracker(), progress, replaced)
+    optimizer_factory(options.optimizer, model, device)  # refuses what cannot be planned for
+    rehearsal = Rehearsal(model, args, kwargs, options, device)
+    findings = _findings(rehearsal, progress)
     progress("untouched step")
-    untouched = step(fake_model())
+    untouched = _simulate(rehearsal, rehearsal.fake_model(), findings)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     candidates, skipped = find_candidates(
         findings,
@@ -158,12 +103,52 @@ def analyse(
         lambda use: exclusion(model, parameters, use, options),
     )
     _check_sizes(options, candidates, findings)
+
+    def simulate(actions: Actions, compiler_recomputes: bool = False, by_blocks: bool = False) -> Timeline:
+        progress("planned step")
+        by_blocks = rehearsal.is_compiled and (by_blocks or bool(actions.recomputed))
+        fake = rehearsal.fake_model(by_blocks)
+        install(fake, region_plans(findings, candidates, actions.sizes), options.seed)
+        install_checkpointing(fake, actions.recomputed)
+        return _simulate(rehearsal, fake, findings, compiler_recomputes, by_blocks)
+
     return Analysis(
-        findings, candidates, find_recomputable(model, findings, is_compiled),
-        skipped + _without_products(fake_model(), findings), with_overhead(untouched.peak, device), untouched,
-        _inputs(model, args, kwargs), device, _notes(model, replaced, options, device), is_compiled,
-        simulate_actions,
-    )  # fmt: skip
+        findings=findings,
+        candidates=candidates,
+        blocks=find_recomputable(model, findings, rehearsal.is_compiled),
+        skipped=skipped + _without_products(rehearsal.fake_model(), findings),
+        baseline=with_overhead(untouched.peak, device),
+        untouched=untouched,
+        inputs=_inputs(model, args, kwargs),
+        device=device,
+        notes=_notes(rehearsal),
+        is_compiled=rehearsal.is_compiled,
+        simulate=simulate,
+    )
+
+
+def _findings(rehearsal: Rehearsal, progress: Callable[[str], None]) -> Findings:
+    """The products, saved tensors and graphs of a trial step."""
+    fake, replaced = rehearsal.fake_model(), rehearsal.replaced
+    if not rehearsal.is_compiled:
+        return probe(fake, rehearsal.eager_step, rehearsal.forward, Tracker(), progress, replaced)
+    findings = probe(fake, None, rehearsal.forward, Tracker(), progress, replaced)
+    kept = KeptTensors(findings, Tracker())
+    timeline = rehearsal.observed_step(rehearsal.fake_model(), findings.graphs, kept.tracker, kept.observer_of)
+    return replace(findings, savings=tuple(kept.savings), last_uses=kept.last_uses, timeline=timeline)
+
+
+def _simulate(
+    rehearsal: Rehearsal,
+    fake: torch.nn.Module,
+    findings: Findings,
+    compiler_recomputes: bool = False,
+    by_blocks: bool = False,
+) -> Timeline:
+    if not rehearsal.is_compiled:
+        return rehearsal.eager_step(fake)
+    step = rehearsal.step_by_blocks if by_blocks else rehearsal.compiled_step
+    return step(fake, findings.graphs, compiler_recomputes)
 
 
 def _inputs(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Input, ...]:
@@ -171,34 +156,18 @@ def _inputs(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     return tuple(Input(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors)
 
 
-def _fake_model(
-    model: torch.nn.Module, mode: FakeTensorMode, device: torch.device, replaced: Collection[str], real: Real
-) -> torch.nn.Module:
-    """An untouched copy in training mode; modules in `replaced` get the forward of their class.
-
-    A copy of a function would still call the module that it was made for.
-    """
-    fake = fake_copy(model, mode, device, real)
-    for name in replaced:
-        del fake.get_submodule(name).forward
-    uninstall(fake)
-    unwatch(fake)
-    return fake if model.training else fake.train()
-
-
-def _notes(
-    model: torch.nn.Module, replaced: Collection[str], options: Options, device: torch.device
-) -> tuple[str, ...]:
+def _notes(rehearsal: Rehearsal) -> tuple[str, ...]:
     notes = []
-    if options.target == "inductor" and device.type == "cuda" and not torch.cuda.is_available():
+    options = rehearsal.options
+    if rehearsal.is_compiled and rehearsal.device.type == "cuda" and not torch.cuda.is_available():
         notes.append("for want of a GPU the compiler's code is that for the CPU; Triton's may fuse otherwise")
     if options.gradient_accumulation > 1:
         notes.append(
             f"gradients of {options.gradient_accumulation} batches are added up: they are there from the start"
         )
-    if not model.training:
+    if not rehearsal.model.training:
         notes.append("the model is in eval mode; the plan is for training mode")
-    if "" in replaced:
+    if "" in rehearsal.replaced:
         notes.append("the model's forward was replaced by a function; the plan is for the forward of its class")
     return tuple(notes)
 

@@ -83,7 +83,7 @@ def optimize(
             `torch.compile(fullgraph=True)` has to wait until then.
         plan: a plan to apply instead of a budget, as `plan` or `BudgetError.plan` gives it.
         optimizer: "adamw", "sgd", "none", an optimizer class, or an optimizer made from the model's parameters.
-        target: how the step will run: "eager".
+        target: how the step will run: "eager", or "inductor" for `torch.compile(model)`.
         gradients: "dense", the ordinary `.grad` of each weight.
         projection: "signs", random signs from `seed`, the same on every rank and in every run; "batch_mean", the
             paper's mean sub-token of the example inputs or of the first training batch, kept in `state_dict`.

@@ -120,10 +120,11 @@ class RealKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 shape.insert(0, groups.shape[0])
             return a.new_empty(shape)
         if func is torch.ops.velora.compress.default and isinstance(args[0], FakeTensor):
+            x, v = args
             if self.device.type == "cpu":
-                compress_blocks(*args, 1)
+                compress_blocks(x, v, 1)
             else:
-                compress_reference(*args)
+                compress_reference(x, v)
         if func in LAYER_NORMS:
             args = tuple(a.contiguous() if isinstance(a, FakeTensor) and a.dim() else a for a in args)
         if func in self.casts and all(isinstance(a, FakeTensor) and a.dim() for a in args):

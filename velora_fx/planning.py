@@ -179,7 +179,7 @@ def _regional_note(analysis: Analysis, actions: Actions, plan: Plan) -> list[str
     """What the same step holds where blocks are compiled one by one, if that is another figure."""
     if not analysis.is_compiled or not analysis.has_blocks:
         return []
-    peak_bytes = analysis.peak(actions, is_whole=False).peak_bytes
+    peak_bytes = analysis.peak(actions, by_blocks=True).peak_bytes
     if abs(peak_bytes - plan.planned.peak_bytes) <= SAME * plan.planned.peak_bytes:
         return []
     is_over = plan.budget_bytes is not None and peak_bytes > plan.budget_bytes

@@ -1,0 +1,131 @@
+"""Training steps of a model, run on copies of it that hold no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from velora_fx.arguments import parameter_names
+from velora_fx.batch_watch import unwatch
+from velora_fx.compiled import ObserverOf, compiled_forward, unobserved
+from velora_fx.devices import device_rates
+from velora_fx.fake import fake_copy, fake_mode
+from velora_fx.graphs import RegionGraph
+from velora_fx.inductor import Inductor
+from velora_fx.options import Options
+from velora_fx.regional import compile_blocks
+from velora_fx.simulate import default_loss, make_tracker, optimizer_factory, simulate, simulate_forward
+from velora_fx.stand_in import uninstall
+from velora_fx.step_time import StepTimer
+from velora_fx.timeline import Timeline
+from velora_fx.tracker import Tracker
+
+Graphs = Mapping[str, Sequence[RegionGraph]]
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What the steps of one model for one batch have in common; the model itself is never touched."""
+
+    model: torch.nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    options: Options
+    device: torch.device
+    mode: FakeTensorMode = field(default_factory=fake_mode)
+
+    @property
+    def is_compiled(self) -> bool:
+        """True where the steps run as under torch.compile."""
+        return self.options.target == "inductor"
+
+    @cached_property
+    def replaced(self) -> list[str]:
+        """The modules whose forward was replaced by a function; copies get the forward of their class."""
+        modules = self.model.named_modules()
+        return [name for name, module in modules if isinstance(vars(module).get("forward"), FunctionType)]
+
+    def fake_model(self, by_blocks: bool = False) -> torch.nn.Module:
+        """An untouched copy in training mode, with real integers for what runs eagerly.
+
+        A copy of a function would still call the module that it was made for.
+        """
+        traces_whole = self.is_compiled and not by_blocks
+        fake = fake_copy(self.model, self.mode, self.device, "none" if traces_whole else "integers")
+        for name in self.replaced:
+            del fake.get_submodule(name).forward
+        uninstall(fake)
+        unwatch(fake)
+        return fake if self.model.training else fake.train()
+
+    def eager_step(self, fake: torch.nn.Module, tracker: Tracker | None = None) -> Timeline:
+        """A step of a fake model as it is."""
+        return self._step(fake, self._inputs("all"), tracker or make_tracker(fake, self.device))
+
+    def compiled_step(self, fake: torch.nn.Module, graphs: Graphs, compiler_recomputes: bool = False) -> Timeline:
+        """A step of `torch.compile(model)`; `graphs` are those of untouched blocks."""
+        tracker = make_tracker(fake, self.device)
+        return self._compiled_step(fake, graphs, tracker, unobserved, self._compilers[compiler_recomputes], False)
+
+    def observed_step(
+        self, fake: torch.nn.Module, graphs: Graphs, tracker: Tracker, observer_of: ObserverOf
+    ) -> Timeline:
+        """The same with each block compiled apart, so that what is observed belongs to one; its figures are estimates.
+
+        `observer_of` makes the observer of a graph, given the parameter behind each of its inputs.
+        """
+        return self._compiled_step(fake, graphs, tracker, observer_of, self._compilers[False], True)
+
+    def step_by_blocks(self, fake: torch.nn.Module, graphs: Graphs, compiler_recomputes: bool = False) -> Timeline:
+        """A step of a model whose blocks are compiled one by one (`block.compile()`)."""
+        compile_blocks(fake, graphs, self._compilers[compiler_recomputes])
+        return self.eager_step(fake)
+
+    def forward(self, fake: torch.nn.Module) -> None:
+        """The forward alone, as a compiler traces it."""
+        simulate_forward(fake, *self._inputs("none"), self.device)
+
+    def _compiled_step(
+        self,
+        fake: torch.nn.Module,
+        graphs: Graphs,
+        tracker: Tracker,
+        observer_of: ObserverOf,
+        compiler: Inductor,
+        by_blocks: bool,
+    ) -> Timeline:
+        inputs = self._inputs("none")
+        fake.forward = compiled_forward(fake, *inputs, graphs, compiler, observer_of, tracker.inside, by_blocks)
+        return self._step(fake, inputs, tracker)
+
+    def _step(self, fake: torch.nn.Module, inputs: tuple[Any, Any], tracker: Tracker) -> Timeline:
+        return simulate(
+            fake,
+            *inputs,
+            input_names=parameter_names(self.model),
+            make_optimizer=optimizer_factory(self.options.optimizer, self.model, self.device),
+            loss_fn=self.options.loss_fn or default_loss,
+            device=self.device,
+            timer=self._timer,
+            accumulates=self.options.gradient_accumulation > 1,
+            tracker=tracker,
+        )
+
+    def _inputs(self, real: Any) -> tuple[Any, Any]:
+        args, kwargs = fake_copy((self.args, self.kwargs), self.mode, self.device, real)
+        return args, kwargs
+
+    @cached_property
+    def _timer(self) -> StepTimer:
+        return StepTimer(device_rates(self.device))
+
+    @cached_property
+    def _compilers(self) -> dict[bool, Inductor]:
+        """By whether the compiler is told to recompute what it can; what is equal is compiled once."""
+        return {told: Inductor(self.device, self._timer, told) for told in (False, True)}
