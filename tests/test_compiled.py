@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.peaks import measured_peak, predict
+from tests.peaks import assert_near, measured_peak, predict
 from tests.toys import Stack, rows, stack
+from tests.zoo import loss_of
 from velora_fx.compiled import CompiledForward, compiled_forward, unobserved
 from velora_fx.devices import device_rates
 from velora_fx.fake import fake_copy, fake_mode
@@ -122,3 +124,17 @@ def test_a_deep_models_peak_is_the_real_allocators() -> None:
     predicted = predict(model, batch, target="inductor")
     # Between the inner blocks nothing is fused; beyond them Inductor lets the sums of a few blocks wait.
     assert abs(predicted.untouched_bytes / measured_peak(model, batch, "inductor") - 1) < 0.05
+
+
+def test_a_mask_that_all_attentions_use_is_made_and_kept_once() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "use_cache": False}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).train()
+    ids = torch.randint(64, (8, 256))
+    batch = {"input_ids": ids, "labels": ids}
+    predicted = predict(model, batch, target="inductor", loss_fn=loss_of)
+    assert_near(predicted.untouched_bytes, measured_peak(model, batch, "inductor", loss_of), "inductor")
+    kept_mask_bytes = 8 * 256 * 256 * 4
+    peak = predicted.analysis.baseline
+    assert max(group.num_bytes for group in peak.largest if "[8, 1, 256, 256]" in group.label) == kept_mask_bytes

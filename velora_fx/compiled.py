@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -17,6 +18,7 @@ from velora_fx.inductor import Inductor, Observe
 from velora_fx.one_graph import OneGraph
 from velora_fx.opaque import BlockCall, inner_calls, record
 from velora_fx.passes.cut_at_calls import cut_at_calls
+from velora_fx.passes.hoist_shared import Hoisted, hoist_shared
 from velora_fx.passes.join_graphs import Piece, join_graphs
 from velora_fx.trace import Trace, tensors_of, trace
 
@@ -119,6 +121,7 @@ def _program(traced: Trace, calls: Sequence[BlockCall], by_blocks: bool) -> Prog
     constants: dict[str, torch.Tensor] = {}
     results = [node.name for node in outputs[: traced.num_results]]
     inner = frozenset(range(len(calls))) if by_blocks else inner_calls(calls)
+    shared = _Shared(name for group in markers for name in {_name(marker) for marker in group})
     steps: list[Step] = []
     around: list[list[Piece]] = [[]]
     for position, segment in enumerate(cut_at_calls(gm, markers, outputs[: traced.num_results])):
@@ -134,7 +137,8 @@ def _program(traced: Trace, calls: Sequence[BlockCall], by_blocks: bool) -> Prog
         inputs = (*(state[full] for full in call.state), *map(_name, markers[position]), *projections)
         names_returned = tuple(islice(returned, len(call.outputs)))
         results += names_returned[len(names_returned) - call.num_cached :] if traced.returns_caches else ()
-        piece = Piece(call.gm, inputs, names_returned, dict(enumerate(call.state)))
+        made, piece = shared.apart(Piece(call.gm, inputs, names_returned, dict(enumerate(call.state))))
+        around[-1] += [made] if made else []
         if number in inner:
             steps.append(Step(call.name, piece))
             around.append([])
@@ -142,6 +146,33 @@ def _program(traced: Trace, calls: Sequence[BlockCall], by_blocks: bool) -> Prog
             around[-1].append(piece)
     joined = _joined(around, steps, results)
     return Program(joined, tuple(names[:num_names]), constants, tuple(results), traced.rebuild)
+
+
+class _Shared:
+    """Takes out of blocks what they make of tensors that several are given; `names` has each once a block."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.common = {name for name, count in Counter(names).items() if count > 1}
+        self._hoisted: dict[tuple[int, tuple[int, ...]], Hoisted | None] = {}
+        self._made: dict[tuple[Any, ...], tuple[str, ...]] = {}
+
+    def apart(self, piece: Piece) -> tuple[Piece | None, Piece]:
+        """What has to run before, if nothing made the same yet, and the block without it."""
+        given = tuple(number for number, name in enumerate(piece.inputs) if name in self.common)
+        key = id(piece.gm), given
+        if key not in self._hoisted:
+            self._hoisted[key] = hoist_shared(piece.gm, given)
+        hoisted = self._hoisted[key]
+        if hoisted is None:
+            return None, piece
+        inputs = tuple(piece.inputs[number] for number in hoisted.inputs)
+        made = None
+        if (key, inputs) not in self._made:
+            num_outputs = len(hoisted.shared.graph.output_node().args[0])  # type: ignore[arg-type]
+            names = tuple(f"shared_{len(self._made)}_{k}" for k in range(num_outputs))
+            self._made[key, inputs] = names
+            made = Piece(hoisted.shared, inputs, names, {})
+        return made, replace(piece, gm=hoisted.rest, inputs=(*piece.inputs, *self._made[key, inputs]))
 
 
 def _joined(around: Sequence[Sequence[Piece]], steps: Sequence[Step], results: Sequence[str]) -> tuple[Step, ...]:
