@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -36,8 +37,9 @@ def test_the_peak_is_the_allocators_untouched_and_compressed() -> None:
         assert_near(peak.peak_bytes, measured_peak(one, batch(), "blocks"), "blocks")
 
 
-def test_blocks_that_fill_a_cache_return_keys_and_values_that_live_as_long_as_it() -> None:
-    case = next(case for case in zoo.ZOO if case.name == "llama")
+@pytest.mark.parametrize("name", ["llama", "gemma3"])  # all blocks alike, and blocks of two kinds
+def test_blocks_that_fill_a_cache_return_keys_and_values_that_live_as_long_as_it(name: str) -> None:
+    case = next(case for case in zoo.ZOO if case.name == name)
     model, inputs = case.build(), case.batch(16, 32)
     analysis = predict(model, inputs, target="inductor", loss_fn=zoo.loss_of).analysis
     assert_near(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -13,7 +14,7 @@ from velora_fx.graphs import RegionGraph
 from velora_fx.inductor import Inductor
 from velora_fx.regions import find_blocks
 
-HELD = "_held_by_compiled_blocks"
+Held = WeakKeyDictionary[Any, list[torch.Tensor]]  # by the cache that it is in, as long as that lives
 
 
 def compile_blocks(model: torch.nn.Module, graphs: Mapping[str, Sequence[RegionGraph]], inductor: Inductor) -> None:
@@ -22,18 +23,24 @@ def compile_blocks(model: torch.nn.Module, graphs: Mapping[str, Sequence[RegionG
     Where nothing repeats the model stays as it is. `graphs` are those of the untouched blocks by name; a block that no
     graph can be made for runs eagerly.
     """
-    block_graphs = BlockGraphs(graphs)
+    block_graphs, held = BlockGraphs(graphs), Held()
     for name, block in find_blocks(model).items():
         if block is not model:
-            block.forward = _CompiledBlock(name, block, block.forward, block_graphs, inductor)
+            block.forward = _CompiledBlock(name, block, block.forward, block_graphs, inductor, held)
 
 
 class _CompiledBlock:
     def __init__(
-        self, name: str, block: torch.nn.Module, forward: Any, block_graphs: BlockGraphs, inductor: Inductor
+        self,
+        name: str,
+        block: torch.nn.Module,
+        forward: Any,
+        block_graphs: BlockGraphs,
+        inductor: Inductor,
+        held: Held,
     ) -> None:
         self.name, self.block, self.forward = name, block, forward
-        self.block_graphs, self.inductor = block_graphs, inductor
+        self.block_graphs, self.inductor, self.held = block_graphs, inductor, held
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         found = self.block_graphs.find(self.name, self.block, self.forward, args, kwargs, (), captures=True)
@@ -41,6 +48,6 @@ class _CompiledBlock:
             return self.forward(*args, **kwargs)
         outputs = self.inductor.run(found.gm, [*found.call.tensors, *found.projections], unobserved({}))
         num_results = len(found.captured.slots)
-        for cache in found.caches:  # keys and values live as long as the cache that they are put in
-            vars(cache).setdefault(HELD, []).extend(outputs[num_results:])
+        for cache in found.caches:
+            self.held.setdefault(cache, []).extend(outputs[num_results:])
         return found.graph.result(outputs[:num_results])

@@ -60,7 +60,7 @@ def test_the_mask_that_attention_makes_of_booleans_is_made_before() -> None:
 
 def test_what_is_computed_of_the_mask_is_taken_out_and_views_of_it_stay() -> None:
     def use(x: Tensor, mask: Tensor) -> Tensor:
-        return attend(x, ((1 - mask) * -1e9)[:, None])
+        return attend(x, ((1 - mask) * -1e9).unsqueeze(1))
 
     taken, left = hoisted_and_run(Block(use), inputs(torch.ones(3, LENGTH, LENGTH).tril()))
     assert taken == {"rsub", "mul"}
