@@ -15,6 +15,7 @@ from velora_fx.checkpoint_calls import ContextFn
 from velora_fx.checkpointing import CONTEXTS, Checkpointed
 from velora_fx.fake import fake_tensor
 from velora_fx.graphs import Call, RegionGraph, find_graph, key_of, make_graph, merge_graph
+from velora_fx.inductor import describe
 from velora_fx.passes.recompute_in_backward import recompute_in_backward
 from velora_fx.probe import without_checkpointing
 from velora_fx.region import Region, is_checkpointed, make_call
@@ -40,10 +41,6 @@ class FoundGraph:
         assert self.graph.captured is not None
         return self.graph.captured
 
-    def outputs(self) -> tuple[Any, ...]:
-        """What `gm` returns, run operator by operator."""
-        return tuple(self.plain(*self.call.tensors, *self.projections))
-
 
 class BlockGraphs:
     """Finds the graphs of the calls of blocks among `graphs` and, where regions are installed, theirs."""
@@ -52,6 +49,7 @@ class BlockGraphs:
         self.graphs = graphs
         self._filling: dict[int, GraphModule] = {}
         self._library: list[RegionGraph] = []
+        self._outputs: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         self._recomputing: dict[tuple[int, ContextFn | None], GraphModule] = {}
 
     def find(
@@ -99,6 +97,21 @@ class BlockGraphs:
             plain = gm = self._filling[id(graph)]
         return FoundGraph(call, graph, gm, projections, plain, caches)
 
+    def outputs(self, found: FoundGraph) -> tuple[Any, ...]:
+        """What the graph returns, run operator by operator; of equal calls only the first is, the others get the like.
+
+        None is like a view of an input or of another output.
+        """
+        inputs = [*found.call.tensors, *found.projections]
+        key = id(found.plain), *(describe(tensor) for tensor in inputs)
+        if key in self._outputs:
+            return tuple(_like(tensor) for tensor in self._outputs[key])
+        outputs = tuple(found.plain(*inputs))
+        storages = [tensor.untyped_storage()._cdata for tensor in outputs]
+        if len({*storages} - {tensor.untyped_storage()._cdata for tensor in inputs}) == len(outputs):
+            self._outputs[key] = outputs
+        return outputs
+
     def _captured(self, call: Call) -> RegionGraph:
         """A new graph, or one that was captured for an equal block."""
         graph = find_graph(self._library, call, key_of(call), exact=True)
@@ -106,6 +119,10 @@ class BlockGraphs:
             graph = merge_graph(self._library, make_graph(call, key_of(call)))
             self._library.append(graph)
         return graph
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.new_empty_strided(tensor.shape, tensor.stride()).requires_grad_(tensor.requires_grad)
 
 
 def _fakes(tensors: Sequence[torch.Tensor], like: Any) -> tuple[torch.Tensor, ...]:

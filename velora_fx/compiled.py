@@ -100,9 +100,9 @@ def compiled_forward(
 ) -> CompiledForward:
     """The forward of a fake model for fake inputs as `torch.compile(model)` runs it.
 
-    Where equal blocks follow each other, with the graphs in `graphs` or those of the regions installed on them, one is
-    compiled for all but the first and the last of these; with `by_blocks` each block is compiled apart, so that what a
-    graph keeps belongs to one block. Raises ValueError for a model that cannot be traced as a whole.
+    Of many blocks, with the graphs in `graphs` or those of the regions installed on them, all but the first and the
+    last are compiled apart, equal ones once; with `by_blocks` each is, so that what a graph keeps belongs to one block.
+    Raises ValueError for a model that cannot be traced as a whole.
     """
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), kernels_of(inductor.device):
         calls = record(model, args, kwargs, graphs)

@@ -47,7 +47,7 @@ class Inductor:
 
         After its forward `observe` gets the tensors kept for backward by name, and what each is kept for.
         """
-        key = (_structure(gm), *(_describe(tensor) for tensor in inputs))
+        key = (_structure(gm), *(describe(tensor) for tensor in inputs))
         if key not in self.compiled:
             with isolated(), kernels_of(self.device):
                 self.compiled[key] = _compile(gm, inputs, self.timer, self.recomputes)
@@ -82,7 +82,8 @@ def _structure(gm: GraphModule) -> tuple[Any, ...]:
     return tuple(described), gm.meta.get("_checkpoint_context_fn")
 
 
-def _describe(tensor: torch.Tensor) -> tuple[Any, ...]:
+def describe(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What tensors have in common that a compiled graph treats alike."""
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 

@@ -20,7 +20,7 @@ from velora_fx.limits import CaptureError
 from velora_fx.region import make_call
 from velora_fx.regions import find_blocks
 
-ALL_JOINED, MAX_JOINED = 4, 8
+ALL_JOINED = 4
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def record(
         if found is None:
             calls.append(BlockCall(name))
             return forward(*args, **kwargs)
-        outputs = found.outputs()
+        outputs = block_graphs.outputs(found)
         num_results = len(found.captured.slots)
         state = tuple(names[id(tensor)] for tensor in found.call.state.values())
         num_tensors, num_cached = len(found.call.tensors) - len(state), len(outputs) - num_results
@@ -68,18 +68,14 @@ def record(
 
 
 def inner_calls(calls: Sequence[BlockCall]) -> frozenset[int]:
-    """The numbers of the calls to compile apart: those within runs of equal ones, of which a compiler makes nearly the
-    same each.
+    """The numbers of the calls to compile apart, so that of equal ones only one is: all with graphs, but for the ends.
 
-    The ends of a run are compiled with what surrounds them: there the peaks of a step are. Where blocks alternate so
-    that more than MAX_JOINED would be, only the ends of the model are. Of no more than ALL_JOINED calls none is apart.
+    The first and the last block are compiled with what surrounds them: there the peaks of a step are. Of no more than
+    ALL_JOINED calls none is apart.
     """
     if len(calls) <= ALL_JOINED:
         return frozenset()
-    kinds = [None if call.gm is None else id(call.gm) for call in calls]
-    known = [number for number in range(1, len(calls) - 1) if kinds[number] is not None]
-    inner = [number for number in known if kinds[number - 1] == kinds[number] == kinds[number + 1]]
-    return frozenset(inner if len(calls) - len(inner) <= MAX_JOINED else known)
+    return frozenset(number for number in range(1, len(calls) - 1) if calls[number].gm is not None)
 
 
 @contextlib.contextmanager
