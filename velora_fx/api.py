@@ -155,7 +155,7 @@ def plan(
     args, kwargs = _checked_call(model, example_inputs)
     with planning_progress() as progress:
         analysis = analyse(model, args, kwargs, options, where, progress)
-        return Planner(analysis, type(model).__name__, options, where).plan(budget_bytes)[0]
+        return Planner(analysis, type(model).__name__, options).plan(budget_bytes)[0]
 
 
 def plan_of(model: torch.nn.Module) -> Plan:
@@ -219,7 +219,7 @@ def apply(model: torch.nn.Module, request: Request, args: tuple[Any, ...], kwarg
             made, actions = request.plan, actions_of(request.plan, analysis)
             options = replace(options, projection=made.projection, seed=made.seed)
         else:
-            planner = Planner(analysis, type(model).__name__, options, request.device)
+            planner = Planner(analysis, type(model).__name__, options)
             made, actions = planner.plan(request.budget_bytes)
     restore(model)
     regions = install(model, analysis.region_plans(actions.sizes), options.seed)

@@ -29,7 +29,6 @@ class Planner:
     analysis: Analysis
     name: str
     options: Options
-    device: torch.device
 
     def plan(self, budget_bytes: int | None) -> tuple[Plan, Actions]:
         """The plan of least approximation within the budget, checked by a simulation of the planned step.
@@ -41,7 +40,7 @@ class Planner:
             actions, planned = self.search.within(budget_bytes)
             if actions.sizes:
                 exact = self.rivals.within(budget_bytes)
-        plan = write_plan(self.analysis, actions, planned, exact, budget_bytes, self.name, self.options, self.device)
+        plan = write_plan(self.search, actions, planned, exact, budget_bytes, self.name, self.options)
         if not plan.fits:
             raise BudgetError(_unreachable(plan), plan)
         return plan, actions
@@ -95,35 +94,36 @@ def _names(consumers: Sequence[str]) -> tuple[str, ...]:
 
 
 def write_plan(
-    analysis: Analysis,
+    search: Search,
     actions: Actions,
     planned: Peak,
     exact: Exact | None,
     budget_bytes: int | None,
     name: str,
     options: Options,
-    device: torch.device,
 ) -> Plan:
     """The plan that the actions amount to."""
+    analysis = search.analysis
+    keeps = bool(actions.sizes) and search.projections_are_kept
     plan = Plan(
         model=name,
         target=options.target,
-        device=str(device.type),
+        device=str(analysis.device.type),
         optimizer=optimizer_name(options.optimizer),
         inputs=analysis.inputs,
         budget_bytes=budget_bytes,
         baseline=analysis.baseline,
         planned=planned,
-        decisions=tuple(_decision(candidate, actions.sizes.get(candidate.key)) for candidate in analysis.candidates),
+        decisions=tuple(_decision(c, actions.sizes.get(c.key), keeps) for c in analysis.candidates),
         recomputed=tuple(Recomputed(name, recompute) for name, recompute in actions.recomputed.items()),
         exact=exact,
-        rates=device_rates(device).name,
+        rates=device_rates(analysis.device).name,
         skipped=analysis.skipped,
         notes=(),
         projection=options.projection,
         seed=options.seed,
     )
-    return replace(plan, notes=tuple(_notes(analysis, actions, plan)))
+    return replace(plan, notes=tuple(_notes(search, actions, plan)))
 
 
 def optimizer_name(optimizer: object) -> str:
@@ -133,8 +133,9 @@ def optimizer_name(optimizer: object) -> str:
     return optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
 
 
-def _decision(candidate: Candidate, size: int | None) -> Decision:
+def _decision(candidate: Candidate, size: int | None, keeps_projections: bool) -> Decision:
     first = candidate.savings[0]
+    projection_bytes = candidate.bytes_after(size) if size is not None and keeps_projections else 0
     return Decision(
         region=candidate.region,
         tensor=candidate.tensor,
@@ -144,11 +145,12 @@ def _decision(candidate: Candidate, size: int | None) -> Decision:
         action="keep" if size is None else "compress",
         sub_token_size=size,
         bytes_before=candidate.bytes_before,
-        bytes_after=candidate.bytes_before if size is None else candidate.bytes_after(size),
+        bytes_after=candidate.bytes_before if size is None else projection_bytes,
     )
 
 
-def _notes(analysis: Analysis, actions: Actions, plan: Plan) -> list[str]:
+def _notes(search: Search, actions: Actions, plan: Plan) -> list[str]:
+    analysis = search.analysis
     notes = [*analysis.notes, *_regional_note(analysis, actions, plan)]
     if plan.planned.moment == "optimizer step":
         notes.append(
@@ -164,6 +166,11 @@ def _notes(analysis: Analysis, actions: Actions, plan: Plan) -> list[str]:
         notes.append(
             "the model fills key-value caches in training, which a compiled model returns: "
             "model.config.use_cache = False frees them, exactly"
+        )
+    if plan.compressed and not search.projections_are_kept:
+        notes.append(
+            "projections take no memory: compiled code makes them again in backward, of what it keeps anyway; so the "
+            "smallest sub-token size is enough"
         )
     if plan.compressed and analysis.findings.empty_caches:
         notes.append("compressed blocks are passed None for an empty key-value cache: in training it is never read")

@@ -12,11 +12,11 @@ from velora_fx.blocks import Block
 from velora_fx.candidates import Candidate
 from velora_fx.checkpointing import Recompute
 from velora_fx.moments import Span, find_moments
-from velora_fx.overhead import tensors_within
+from velora_fx.overhead import tensors_within, with_overhead
 from velora_fx.solver import Item, Moment, choose, highest_levels
-from velora_fx.timeline import Peak
+from velora_fx.timeline import Peak, Timeline
 
-RUNGS, COMPILED_RUNGS = 4096, 32  # a simulation of a compiled step compiles what is new in it
+RUNGS, COMPILED_RUNGS = 4096, 64  # a simulation of a compiled step compiles what is new in it
 # Where time and approximation are traded: halving what is kept of every weight's input counts as much as this share of
 # the step's time.
 HALVING_PRICE = 0.02
@@ -72,7 +72,7 @@ class Search:
             return self.tightest
         if levels not in self._simulated:
             actions = self.actions(levels)
-            self._simulated[levels] = actions, self.analysis.peak(actions)
+            self._simulated[levels] = actions, self._peak(actions)
         return self._simulated[levels]
 
     def _target(self, rung: int) -> int:
@@ -101,12 +101,40 @@ class Search:
         """The actions of the smallest peak among: nothing, everything compressed, everything recomputed."""
         found: list[tuple[Actions, Peak]] = []
         if self.compresses and self.analysis.candidates:
-            actions = Actions({candidate.key: candidate.sizes[-1] for candidate in self.analysis.candidates})
-            found.append((actions, self.analysis.peak(actions)))
+            actions = self._all_at(-1 if self.projections_are_kept else 0)
+            found.append((actions, self._peak(actions)))
         if self.blocks:
             actions = self._recomputing(self._gains[-1].level)
             found.append((actions, self.analysis.peak(actions)))
         return min([*found, (Actions(), self.analysis.baseline)], key=lambda pair: pair[1].peak_bytes)
+
+    @cached_property
+    def projections_are_kept(self) -> bool:
+        """False where compiled code makes projections again in backward, of what it keeps anyway.
+
+        They take no memory then, whatever the sub-token size, and the smallest are as good as any. The partitioner is
+        free to: in forward nothing takes projections.
+        """
+        candidates = self.analysis.candidates
+        if not self.analysis.is_compiled or not candidates:
+            return True
+        at_start = [t.bytes_at_start_of("backward") for t in (self.analysis.untouched, self._smallest_sub_tokens)]
+        full = sum(candidate.bytes_before for candidate in candidates)
+        projections = sum(candidate.bytes_after(candidate.sizes[0]) for candidate in candidates)
+        return at_start[0] - at_start[1] < full - projections // 2
+
+    @cached_property
+    def _smallest_sub_tokens(self) -> Timeline:
+        return self.analysis.simulate(self._all_at(0))
+
+    def _peak(self, actions: Actions) -> Peak:
+        """What is simulated already is not simulated again."""
+        if self.analysis.is_compiled and actions == self._all_at(0):
+            return with_overhead(self._smallest_sub_tokens.peak, self.analysis.device)
+        return self.analysis.peak(actions)
+
+    def _all_at(self, index: int) -> Actions:
+        return Actions({candidate.key: candidate.sizes[index] for candidate in self.analysis.candidates})
 
     @cached_property
     def candidates(self) -> tuple[Candidate, ...]:
@@ -158,10 +186,12 @@ class Search:
         if self.recomputes:
             all_weights = sum(c.num_weights for c in self.candidates)
             price = HALVING_PRICE * self.analysis.untouched.seconds / all_weights
+        sizes = candidate.sizes if self.projections_are_kept else candidate.sizes[:1]
+        kept = [candidate.bytes_after(size) if self.projections_are_kept else 0 for size in sizes]
         return Item(
             group=(self._graphs_of(candidate.region), candidate.tensor, shapes),
-            savings=tuple((candidate.bytes_before - candidate.bytes_after(size)) // calls for size in candidate.sizes),
-            costs=tuple(price * candidate.num_weights * math.log2(size) for size in candidate.sizes),
+            savings=tuple((candidate.bytes_before - after) // calls for after in kept),
+            costs=tuple(price * candidate.num_weights * math.log2(size) for size in sizes),
             covered_by=covered_by,
         )
 

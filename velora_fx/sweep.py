@@ -32,7 +32,7 @@ def sweep(
     sizes = [budget_bytes_of(budget, device) for budget in budgets_gb]
     plans = []
     with planning_progress() as progress:
-        planner = Planner(analyse(model, args, kwargs, options, device, progress), name, options, device)
+        planner = Planner(analyse(model, args, kwargs, options, device, progress), name, options)
         for size in sizes:
             try:
                 plans.append(planner.plan(size)[0])
