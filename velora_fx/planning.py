@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import torch
-
 from velora_fx.analysis import Actions, Analysis
 from velora_fx.candidates import Candidate
 from velora_fx.devices import device_rates
