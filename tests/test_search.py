@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+from tests.peaks import assert_near, measured_peak
+from tests.toys import rows, stack
 from tests.zoo import ZOO, loss_of
-from velora_fx.analysis import Analysis, analyse
+from velora_fx.analysis import Actions, Analysis, analyse
+from velora_fx.installing import install
 from velora_fx.options import Options
 from velora_fx.search import Search
 
@@ -41,3 +46,71 @@ def test_along_twenty_budgets_peaks_rise_and_approximation_falls(name: str) -> N
     assert costs[-1] == 0 and peaks[-1] == untouched
     assert all(less >= more for less, more in itertools.pairwise(costs))
     assert all(less <= more for less, more in itertools.pairwise(peaks))
+
+
+class Products(nn.Module):
+    """Matrix products right after each other: their inputs cannot be made again without a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).square().mean()  # type: ignore[no-any-return]
+
+
+def compiled_search(model: nn.Module, batch: dict[str, Tensor]) -> Search:
+    options = Options(target="inductor", optimizer="sgd", loss_fn=lambda output: output)
+    analysis = analyse(model, (), batch, options, torch.device("cpu"), lambda step: None)
+    return Search(analysis, compresses=True, recomputes=False)
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def test_compiled_code_makes_projections_again_so_that_the_smallest_sub_tokens_free_nearly_everything() -> None:
+    model, batch = without_dropout(stack(num_blocks=4)), {"x": rows(64, 64)}
+    search = compiled_search(model, batch)
+    assert not search.projections_are_kept
+    peaks = [measured_peak(model, batch, "inductor")]
+    for index in (0, -1):
+        sizes = {candidate.key: candidate.sizes[index] for candidate in search.analysis.candidates}
+        compressed = copy.deepcopy(model)
+        install(compressed, search.analysis.region_plans(sizes), seed=0)
+        peaks.append(measured_peak(compressed, batch, "inductor"))
+        assert_near(search.analysis.peak(Actions(sizes)).peak_bytes, peaks[-1], "inductor")
+    untouched, at_two, at_most = peaks
+    assert untouched - at_two > 0.75 * (untouched - at_most)  # kept, they would free about half of it
+
+
+def test_sub_tokens_grow_where_projections_are_too_large_in_backward() -> None:
+    search = compiled_search(without_dropout(stack(num_blocks=2)), {"x": rows(64, 64)})
+    at_two = Actions({candidate.key: 2 for candidate in search.analysis.candidates})
+    budget = search.analysis.peak(at_two).peak_bytes - 1
+    actions, peak = search.within(budget)
+    assert search.tightest[1].peak_bytes <= peak.peak_bytes <= budget
+    assert min(actions.sizes.values()) > 2
+
+
+def test_projections_of_what_only_a_product_makes_are_kept() -> None:
+    batch = {"x": rows(64, 64, 64)}
+    search = compiled_search(Products().train(), batch)
+    assert search.projections_are_kept
+    assert min(search.tightest[0].sizes.values()) > 2
+    compressed = Products().train()
+    install(compressed, search.analysis.region_plans(search.tightest[0].sizes), seed=0)
+    assert_near(search.tightest[1].peak_bytes, measured_peak(compressed, batch, "inductor"), "inductor")
+
+
+def test_a_compiled_plan_leaves_little_of_its_budget() -> None:
+    search = compiled_search(without_dropout(stack(num_blocks=6)), {"x": rows(64, 64)})
+    smallest, untouched = search.tightest[1].peak_bytes, search.analysis.baseline.peak_bytes
+    for share in (0.3, 0.7):
+        budget = smallest + int(share * (untouched - smallest))
+        actions, peak = search.within(budget)
+        assert actions.sizes and budget - 0.2 * (untouched - smallest) <= peak.peak_bytes <= budget

@@ -18,7 +18,6 @@ import sysconfig
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,13 +27,13 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LinearLR
-from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 if importlib.util.find_spec("velora_fx") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import velora_fx
+from velora_fx.measuring import watch_cpu
 
 GIB, MIB = 2**30, 2**20
 HEAD_SIZE = 64
@@ -198,7 +197,7 @@ def evaluate(model: Any, held_out: Texts) -> float:
 def measured(peaks: list[int], model: torch.nn.Module, optimizer: Optimizer, ids: Tensor) -> Iterator[None]:
     """Appends the most bytes that were in use in between, and on CUDA the most that the allocator had reserved.
 
-    On CPU the allocator's events, as the profiler sees them, are summed on top of the bytes in use before.
+    On CPU the allocator's events are summed on top of the bytes in use before.
     """
     if ids.is_cuda:
         torch.cuda.empty_cache()
@@ -209,12 +208,11 @@ def measured(peaks: list[int], model: torch.nn.Module, optimizer: Optimizer, ids
     state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
     before = {tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers(), *state, ids)}
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports its start and end on stderr
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        yield
-    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    peaks.append(sum(storage.nbytes() for storage in before) + max(accumulate(event.nbytes() for event in events)))
+    stop = watch_cpu([*before])
+    yield
+    found = stop()
+    assert found is not None
+    peaks.append(found[0])
 
 
 def report(args: argparse.Namespace, dense: Run, velora: Run, plan: velora_fx.Plan) -> None:

@@ -125,7 +125,7 @@ class _Step:
             self.stop = partial(_cuda_peaks, device)
         else:
             self.other_bytes = 0
-            self.stop = _watch_cpu([storage for group in storages.values() for storage in group])
+            self.stop = watch_cpu([storage for group in storages.values() for storage in group])
 
     def measured(self, allocated: int, reserved: int | None, storages: Storages, predicted: Peak) -> Measured:
         """The result, with what is there at the end of the step."""
@@ -145,8 +145,9 @@ def _cuda_peaks(device: torch.device) -> tuple[int, int | None]:
     return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
 
 
-def _watch_cpu(storages: Sequence[torch.UntypedStorage]) -> Callable[[], tuple[int, int | None] | None]:
-    """Has the profiler record what the CPU allocator does; the function that it returns ends that.
+def watch_cpu(storages: Sequence[torch.UntypedStorage]) -> Callable[[], tuple[int, int | None] | None]:
+    """Has the profiler record what the CPU allocator does; the function that it returns ends that, and gives the most
+    bytes in use, these storages included.
 
     The profiler knows no tensor from before: the end of these storages is noted here, and the end of others ignored.
     """

@@ -167,8 +167,8 @@ def _notes(search: Search, actions: Actions, plan: Plan) -> list[str]:
         )
     if plan.compressed and not search.projections_are_kept:
         notes.append(
-            "projections take no memory: compiled code makes them again in backward, of what it keeps anyway; so the "
-            "smallest sub-token size is enough"
+            "projections take no memory from forward to backward: compiled code makes them again, of what it keeps "
+            "anyway"
         )
     if plan.compressed and analysis.findings.empty_caches:
         notes.append("compressed blocks are passed None for an empty key-value cache: in training it is never read")

@@ -54,6 +54,17 @@ class Search:
             found = self._rung(low)
             if found[1].tensor_bytes <= tensor_budget_bytes:
                 return found
+        return self._at_one_size(tensor_budget_bytes)
+
+    def _at_one_size(self, tensor_budget_bytes: int) -> tuple[Actions, Peak]:
+        """What is left where every ladder is too short: projections that are not kept are still made in backward, and
+        the larger the sub-tokens the less they take there."""
+        most = max(len(candidate.sizes) for candidate in self.analysis.candidates) if self.compresses else 0
+        for index in range(0 if self.projections_are_kept else most):
+            actions = self._all_at(index)
+            peak = self._peak(actions)
+            if peak.tensor_bytes <= tensor_budget_bytes:
+                return actions, peak
         return self.tightest
 
     def _expected_to_fit(self, rung: int, tensor_budget_bytes: int) -> bool | None:
@@ -101,8 +112,9 @@ class Search:
         """The actions of the smallest peak among: nothing, everything compressed, everything recomputed."""
         found: list[tuple[Actions, Peak]] = []
         if self.compresses and self.analysis.candidates:
-            actions = self._all_at(-1 if self.projections_are_kept else 0)
-            found.append((actions, self._peak(actions)))
+            for index in (-1,) if self.projections_are_kept else (0, -1):
+                actions = self._all_at(index)
+                found.append((actions, self._peak(actions)))
         if self.blocks:
             actions = self._recomputing(self._gains[-1].level)
             found.append((actions, self.analysis.peak(actions)))
@@ -112,8 +124,8 @@ class Search:
     def projections_are_kept(self) -> bool:
         """False where compiled code makes projections again in backward, of what it keeps anyway.
 
-        They take no memory then, whatever the sub-token size, and the smallest are as good as any. The partitioner is
-        free to: in forward nothing takes projections.
+        From forward to backward they take no memory then, whatever the sub-token size. The partitioner is free to: in
+        forward nothing takes projections.
         """
         candidates = self.analysis.candidates
         if not self.analysis.is_compiled or not candidates:
@@ -134,7 +146,9 @@ class Search:
         return self.analysis.peak(actions)
 
     def _all_at(self, index: int) -> Actions:
-        return Actions({candidate.key: candidate.sizes[index] for candidate in self.analysis.candidates})
+        """Everything at the size of this index, or its last."""
+        candidates = self.analysis.candidates
+        return Actions({c.key: c.sizes[min(index, len(c.sizes) - 1)] for c in candidates})
 
     @cached_property
     def candidates(self) -> tuple[Candidate, ...]:
