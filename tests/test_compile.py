@@ -36,7 +36,7 @@ def without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("bert", marks=pytest.mark.slow)])
 def test_inductors_gradients_equal_the_eager_ones_with_dynamic_shapes(name: str) -> None:
     case = next(case for case in ZOO if case.name == name)
     model = case.build()

@@ -41,6 +41,7 @@ def compiled_peak(model: nn.Module, by_blocks: bool) -> int:
     return tensor_bytes([*model.parameters(), *BATCH]) + peak_of(step)
 
 
+@pytest.mark.slow
 def test_the_compilers_own_recompute_reaches_what_the_plan_says() -> None:
     model = model_without_dropout()
     tight = tightest(model, BATCH, target="inductor", optimizer="none")

@@ -67,7 +67,7 @@ def llama(layers: int) -> tuple[nn.Module, dict[str, Tensor]]:
     return model, {"input_ids": ids, "labels": ids}
 
 
-@pytest.mark.parametrize("target", ["eager", "inductor"])
+@pytest.mark.parametrize("target", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_the_measured_peak_is_the_allocators_and_close_to_the_predicted_one(target: str) -> None:
     torch._dynamo.reset()
     model, batch = llama(3 if target == "eager" else 1)

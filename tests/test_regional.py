@@ -37,7 +37,9 @@ def test_the_peak_is_the_allocators_untouched_and_compressed() -> None:
         assert_near(peak.peak_bytes, measured_peak(one, batch(), "blocks"), "blocks")
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3"])  # all blocks alike, and blocks of two kinds
+@pytest.mark.parametrize(
+    "name", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)]
+)  # all blocks alike, and blocks of two kinds
 def test_blocks_that_fill_a_cache_return_keys_and_values_that_live_as_long_as_it(name: str) -> None:
     case = next(case for case in zoo.ZOO if case.name == name)
     model, inputs = case.build(), case.batch(16, 32)

@@ -29,7 +29,9 @@ def analysis_of(name: str) -> Analysis:
     return analyse(case.build(), (), case.batch(*shape), options, torch.device("cpu"), lambda step: None)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "bert", "vit", "qwen3"))]
+)
 def test_along_twenty_budgets_peaks_rise_and_approximation_falls(name: str) -> None:
     analysis = analysis_of(name)
     search = Search(analysis, compresses=True, recomputes=False)
@@ -73,6 +75,7 @@ def without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 def test_compiled_code_makes_projections_again_so_that_the_smallest_sub_tokens_free_nearly_everything() -> None:
     model, batch = without_dropout(stack(num_blocks=4)), {"x": rows(64, 64)}
     search = compiled_search(model, batch)

@@ -72,6 +72,7 @@ def test_ambient_autocast_casts_activations_and_weights(target: str) -> None:
         assert_only_compressed_gradients_differ(predicted, model, batch, target)
 
 
+@pytest.mark.slow
 def test_a_mask_that_only_a_fake_run_builds(target: str) -> None:
     case = next(case for case in zoo.ZOO if case.name == "llama")
     model, batch = case.build(), case.batch(8, 32)
@@ -118,6 +119,7 @@ def test_tensors_that_are_both_returned_and_saved_count_once(target: str) -> Non
     assert_only_compressed_gradients_differ(predicted, model, batch_of(), target, loss_of_dict)
 
 
+@pytest.mark.slow
 def test_frozen_layers_have_no_gradients_and_save_nothing_for_their_weights(target: str) -> None:
     model = plain(stack(num_blocks=3))
     all_trained = predict(model, batch_of(), target=target).untouched_bytes
@@ -128,6 +130,7 @@ def test_frozen_layers_have_no_gradients_and_save_nothing_for_their_weights(targ
     assert_only_compressed_gradients_differ(predicted, model, batch_of(), target)
 
 
+@pytest.mark.slow
 def test_lora_adapters(target: str) -> None:
     case = next(case for case in zoo.ZOO if case.name == "llama_lora")
     model = plain(case.build())
@@ -195,6 +198,7 @@ class Twice(nn.Module):
         return self.model(x) + self.model(x.flip(0))  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_two_forwards_before_one_backward_are_planned_through_a_module_that_makes_both(target: str) -> None:
     model = Twice(plain(stack(num_blocks=2))).train()
     once = predict(model.model, batch_of(), target=target).analysis.baseline.breakdown["activations"]
@@ -203,6 +207,7 @@ def test_two_forwards_before_one_backward_are_planned_through_a_module_that_make
     assert_only_compressed_gradients_differ(predicted, model, batch_of(), target)
 
 
+@pytest.mark.slow
 def test_gradients_that_are_accumulated_meet_those_of_the_batch(target: str) -> None:
     model = plain(Stack(3, width=128)).train()
     batch = {"x": rows(2, 8, 128)}
@@ -242,6 +247,7 @@ def test_inside_checkpointed_blocks_nothing_is_compressed(target: str) -> None:
     assert predicted.untouched_bytes < predict(plain(stack()), batch_of(), target=target).untouched_bytes
 
 
+@pytest.mark.slow
 def test_inside_hugging_face_blocks_under_gradient_checkpointing_nothing_is_compressed(target: str) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
     torch.manual_seed(0)

@@ -129,7 +129,7 @@ _DECODER: Kwargs = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
@@ -147,11 +147,11 @@ def _qwen3() -> nn.Module:
 def _gemma3() -> nn.Module:
     heads: Kwargs = {"head_dim": 16, "query_pre_attn_scalar": 16}
     windows: Kwargs = {"sliding_window": 8, "sliding_window_pattern": 3}  # layers: sliding, sliding, full
-    return hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**_DECODER, **heads, **windows))
+    return hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**_DECODER | {"num_hidden_layers": 3}, **heads, **windows))
 
 
 def _gpt2() -> nn.Module:
-    sizes: Kwargs = {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 64, "n_layer": 3, "n_head": 4}
+    sizes: Kwargs = {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 4}
     return hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2))
 
 
