@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.peaks import assert_near, measured_peak, predict
 from tests.toys import Stack, rows, stack
 from tests.zoo import loss_of
+from velora_fx.analysis import Actions
 from velora_fx.compiled import CompiledForward, compiled_forward, unobserved
 from velora_fx.devices import device_rates
 from velora_fx.fake import fake_copy, fake_mode
@@ -126,6 +127,7 @@ def test_a_deep_models_peak_is_the_real_allocators() -> None:
     assert abs(predicted.untouched_bytes / measured_peak(model, batch, "inductor") - 1) < 0.05
 
 
+@pytest.mark.slow
 def test_a_mask_that_all_attentions_use_is_made_and_kept_once() -> None:
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6}
@@ -135,6 +137,7 @@ def test_a_mask_that_all_attentions_use_is_made_and_kept_once() -> None:
     batch = {"input_ids": ids, "labels": ids}
     predicted = predict(model, batch, target="inductor", loss_fn=loss_of)
     assert_near(predicted.untouched_bytes, measured_peak(model, batch, "inductor", loss_of), "inductor")
-    kept_mask_bytes = 8 * 256 * 256 * 4
-    peak = predicted.analysis.baseline
-    assert max(group.num_bytes for group in peak.largest if "[8, 1, 256, 256]" in group.label) == kept_mask_bytes
+    first_half = {c.key: 2 for c in predicted.analysis.candidates if c.region < "model.layers.3"}
+    for peak in (predicted.analysis.baseline, predicted.analysis.peak(Actions(first_half))):
+        masks = [group.num_bytes for group in peak.largest if "[8, 1, 256, 256]" in group.label]
+        assert masks == [8 * 256 * 256 * 4]

@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from velora_fx.capture import state_of
 from velora_fx.fake import kernels_of
-from velora_fx.inductor import Inductor, Observe
+from velora_fx.inductor import Inductor, Observe, structure
 from velora_fx.one_graph import OneGraph
 from velora_fx.opaque import BlockCall, inner_calls, record
 from velora_fx.passes.cut_at_calls import cut_at_calls
@@ -166,13 +166,13 @@ class _Shared:
         if hoisted is None:
             return None, piece
         inputs = tuple(piece.inputs[number] for number in hoisted.inputs)
-        made = None
-        if (key, inputs) not in self._made:
+        made, expression = None, (structure(hoisted.shared), inputs)
+        if expression not in self._made:
             num_outputs = len(hoisted.shared.graph.output_node().args[0])  # type: ignore[arg-type]
             names = tuple(f"shared_{len(self._made)}_{k}" for k in range(num_outputs))
-            self._made[key, inputs] = names
+            self._made[expression] = names
             made = Piece(hoisted.shared, inputs, names, {})
-        return made, replace(piece, gm=hoisted.rest, inputs=(*piece.inputs, *self._made[key, inputs]))
+        return made, replace(piece, gm=hoisted.rest, inputs=(*piece.inputs, *self._made[expression]))
 
 
 def _joined(around: Sequence[Sequence[Piece]], steps: Sequence[Step], results: Sequence[str]) -> tuple[Step, ...]:

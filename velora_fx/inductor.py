@@ -47,7 +47,7 @@ class Inductor:
 
         After its forward `observe` gets the tensors kept for backward by name, and what each is kept for.
         """
-        key = (_structure(gm), *(describe(tensor) for tensor in inputs))
+        key = (structure(gm), *(describe(tensor) for tensor in inputs))
         if key not in self.compiled:
             with isolated(), kernels_of(self.device):
                 self.compiled[key] = _compile(gm, inputs, self.timer, self.recomputes)
@@ -69,7 +69,7 @@ class CompiledGraph:
     observe: list[Observe]
 
 
-def _structure(gm: GraphModule) -> tuple[Any, ...]:
+def structure(gm: GraphModule) -> tuple[Any, ...]:
     """The graph as something to compare: nodes by number, since blocks differ in the names of their parameters."""
     numbers = {node: number for number, node in enumerate(gm.graph.nodes)}
     described = []
@@ -77,7 +77,7 @@ def _structure(gm: GraphModule) -> tuple[Any, ...]:
         target = node.target if node.op == "call_function" else None
         if node.op == "get_attr":
             constant = getattr(gm, str(node.target))
-            target = _structure(constant) if isinstance(constant, GraphModule) else id(constant)
+            target = structure(constant) if isinstance(constant, GraphModule) else id(constant)
         described.append((node.op, target, repr(map_arg((node.args, node.kwargs), lambda n: f"%{numbers[n]}"))))
     return tuple(described), gm.meta.get("_checkpoint_context_fn")
 
