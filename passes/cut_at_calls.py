@@ -34,7 +34,10 @@ def cut_at_calls(gm: GraphModule, calls: Sequence[Sequence[Node]], results: Sequ
     for node in gm.graph.nodes:
         if node in markers:
             if opened:
-                raise ValueError("blocks are called within a no_grad or autocast stretch of the model's forward")
+                raise ValueError(
+                    "blocks are called within a no_grad or autocast stretch of the model's forward: enter autocast "
+                    "around the model, or use target='eager'"
+                )
             reached = markers[node] + 1
         elif node.op == "call_function":
             opened += _opens(node)

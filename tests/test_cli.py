@@ -287,3 +287,27 @@ def test_the_tool_works_from_a_bare_checkout_in_any_folder(tmp_path: Path) -> No
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stderr == ""
     assert "examples:" in done.stdout and "exit codes:" in done.stdout
+
+
+def test_files_that_could_not_be_written_are_refused_before_anything_is_planned(
+    llama: list[str], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def planned(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("planned")
+
+    monkeypatch.setattr("velora_fx.cli.presets.load", planned)
+    for files in (["--plot", "x.jpg"], ["--snapshot", str(tmp_path / "no" / "x")], ["--sweep", "1", "--plot", "x.gif"]):
+        assert main([*llama, *files]) == 2
+    assert "no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("budgets", ["", ","])
+def test_a_sweep_without_budgets_is_refused(llama: list[str], budgets: str, capsys: Any) -> None:
+    assert main([*llama, "--sweep", budgets]) == 2
+    assert "--sweep needs budgets" in capsys.readouterr().err
+
+
+def test_a_budget_above_what_the_device_has_is_warned_of(llama: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("velora_fx.options._capacity_bytes", lambda device: 2**20)
+    with pytest.warns(UserWarning, match=r"above the 0\.00 GiB"):
+        main([*llama, "--budget-gb", ENOUGH])

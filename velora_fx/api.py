@@ -25,7 +25,7 @@ from velora_fx.plans import Plan
 from velora_fx.progress import planning_progress
 from velora_fx.region import Region
 from velora_fx.regions import find_regions
-from velora_fx.stand_in import uninstall
+from velora_fx.stand_in import StandIn, uninstall
 from velora_fx.timeline import Measured
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -168,14 +168,21 @@ def plan_of(model: torch.nn.Module) -> Plan:
 
 def restore(model: Model) -> Model:
     """Undoes `optimize`: every module gets its own forward back; a model that is not optimised stays as it is."""
-    state = vars(model).pop(STATE, None)
-    if isinstance(state, Installed) and state.measurement is not None:
-        state.measurement.cancel()
-    for stand_in in [*state.regions, *state.checkpointed] if isinstance(state, Installed) else [state] if state else []:
-        stand_in.remove()  # also where a wrapper took its place
+    for module in model.modules():
+        state = vars(module).pop(STATE, None)
+        if isinstance(state, Installed) and state.measurement is not None:
+            state.measurement.cancel()
+        for stand_in in _stand_ins(state):
+            stand_in.remove()  # also where a wrapper took its place
     uninstall(model)
     unwatch(model)
     return model
+
+
+def _stand_ins(state: Installed | FirstForward | None) -> list[StandIn]:
+    if isinstance(state, Installed):
+        return [*state.regions, *state.checkpointed]
+    return [] if state is None else [state]
 
 
 def state_dict(model: torch.nn.Module) -> dict[str, Any]:
@@ -195,45 +202,60 @@ def load_state_dict(model: Model, state: Mapping[str, Any]) -> Model:
     """Puts a state from `state_dict` into a model and returns it.
 
     An optimised model with the same decisions takes over the projections at once; any other model is prepared to
-    apply the saved plan at its first training forward. Raises ValueError for a state that does not fit.
+    apply the saved plan at its first training forward. Raises ValueError for a state that does not fit: where that
+    shows at the first forward, the model is then as it was before.
     """
     if set(state) != {"plan", "projections"}:
         raise ValueError(f"a state of velora_fx.state_dict has the keys plan and projections, got {sorted(state)}")
     saved = Plan.from_dict(state["plan"])
     installed = vars(model).get(STATE)
-    if isinstance(installed, Installed) and installed.plan.decisions == saved.decisions:
+    if isinstance(installed, Installed) and _what_is_installed(installed.plan) == _what_is_installed(saved):
         _load_projections(installed.regions, state["projections"])
         return model
-    options = Options(projection=saved.projection, seed=saved.seed)
+    options = Options(projection=saved.projection, seed=saved.seed, target=saved.target)
     _check_model(model)
     _wait(model, Request(options, planning_device(model, options), None, saved, dict(state["projections"])))
     return model
 
 
+def _what_is_installed(plan: Plan) -> tuple[Any, ...]:
+    return plan.decisions, plan.recomputed, plan.projection, plan.seed
+
+
 def apply(model: torch.nn.Module, request: Request, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Plans for the given call as requested and installs the result; a failure leaves the model as it was."""
     options = request.options
+    if request.plan is not None:
+        options = replace(options, projection=request.plan.projection, seed=request.plan.seed)
+        options = replace(options, filter_fn=lambda module, name: True)  # the plan tells what is compressed
     with planning_progress() as progress:
         analysis = analyse(model, args, kwargs, options, request.device, progress)
         if request.plan is not None:
             made, actions = request.plan, actions_of(request.plan, analysis)
-            options = replace(options, projection=made.projection, seed=made.seed)
         else:
-            planner = Planner(analysis, type(model).__name__, options)
-            made, actions = planner.plan(request.budget_bytes)
+            made, actions = Planner(analysis, type(model).__name__, options).plan(request.budget_bytes)
+    before = vars(model).get(STATE)
     restore(model)
-    regions = install(model, analysis.region_plans(actions.sizes), options.seed)
-    checkpointed = install_checkpointing(model, actions.recomputed)
+    try:
+        regions = install(model, analysis.region_plans(actions.sizes), options.seed)
+        checkpointed = install_checkpointing(model, actions.recomputed)
+        if request.projections:
+            _load_projections(regions, request.projections)
+        elif options.projection == "batch_mean":
+            calibrate(model, regions, args, kwargs)
+    except BaseException:
+        uninstall(model)
+        for stand_in in _stand_ins(before):
+            stand_in.install()
+        if before is not None:
+            setattr(model, STATE, before)
+        raise
     made = replace(made, measured=None) if made.measured is not None else made  # that was another run
     installed = Installed(made, regions, checkpointed)
     setattr(model, STATE, installed)
     watch = watch_batches(model, {item.name: item.shape for item in made.inputs})
     if options.measure or (made.device == "cuda" and torch.cuda.is_available()):
         installed.measurement = Measurement(model, made.planned, made.device, watch.seen, installed.take)
-    if request.projections:
-        _load_projections(regions, request.projections)
-    elif options.projection == "batch_mean":
-        calibrate(model, regions, args, kwargs)
 
 
 def _request(model: torch.nn.Module, options: Options, budget_gb: float | str | None, plan: Plan | None) -> Request:
@@ -242,6 +264,8 @@ def _request(model: torch.nn.Module, options: Options, budget_gb: float | str | 
         raise ValueError(f"optimize takes either budget_gb or plan, got {got}")
     if plan is not None and not isinstance(plan, Plan):
         raise ValueError(f"plan must be a velora_fx.Plan, got {type(plan).__name__}")
+    if plan is not None and plan.compressed and options.exact_only:
+        raise ValueError("exact_only never compresses, and the plan does: leave one of them out")
     device = planning_device(model, options)
     budget_bytes = None if plan is not None else budget_bytes_of(budget_gb, device)
     _check_model(model)
@@ -268,6 +292,8 @@ def _load_projections(regions: Sequence[Region], projections: Mapping[str, torch
 
 
 def _check_model(model: torch.nn.Module) -> None:
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise ValueError("the model is wrapped by torch.compile: pass the model itself, and compile it afterwards")
     if not find_regions(model):
         raise ValueError(
             "the model has no trainable matrix product, so there is nothing to compress: "

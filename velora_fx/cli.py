@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -21,7 +22,7 @@ from velora_fx import presets
 from velora_fx.arguments import example_call
 from velora_fx.options import GRADIENTS, PROJECTIONS, TARGETS, Options, budget_bytes_of
 from velora_fx.plans import BudgetError, Plan
-from velora_fx.plotting import plot_sweep
+from velora_fx.plotting import figure_class, plot_sweep
 from velora_fx.sweep import render_sweep, sweep
 
 FITS, DOES_NOT_FIT, BAD_INPUT, FAILED = 0, 1, 2, 3
@@ -78,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Plans as the arguments say and prints the report or JSON; returns the exit code, see `--help`."""
     try:
         arguments = parser().parse_args(argv)
+        _check_files(arguments)
         with _user_code():
             if arguments.sweep is not None:
                 return _sweep(arguments)
@@ -152,11 +154,23 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def _check_files(arguments: argparse.Namespace) -> None:
+    """Refuses, before anything is planned, files that could not be written."""
+    if arguments.plot is not None:
+        figure_class(arguments.plot)
+    for option in ("plot", "snapshot"):
+        path = getattr(arguments, option)
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"--{option}: there is no folder for {path}")
+
+
 def _sweep(arguments: argparse.Namespace) -> int:
     """Plans for several budgets; the exit code is that of the smallest."""
     if arguments.budget_gb is not None or arguments.snapshot is not None:
         raise ValueError("--sweep names the budgets and writes no snapshot: leave out --budget-gb and --snapshot")
-    budgets = [_number(part) for part in arguments.sweep.split(",")]
+    budgets = [_number(part) for part in arguments.sweep.split(",") if part.strip()]
+    if not budgets:
+        raise ValueError("--sweep needs budgets in GiB such as 16,24,40")
     for budget in budgets:
         budget_bytes_of(budget, torch.device(arguments.device))
     options = Options(**_options(arguments))
@@ -261,6 +275,7 @@ def _user_code() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            warnings.filterwarnings("default", "velora_fx:")
             yield
     finally:
         logging.disable(disabled)

@@ -25,6 +25,9 @@ class Request:
     plan: Plan | None
     projections: Mapping[str, torch.Tensor]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Request:
+        return self  # an optimizer or a trainer in it belongs to nobody's copy
+
 
 class FirstForward(StandIn):
     """Stands in for a model's forward until the first call in training, plans for it, and steps aside."""

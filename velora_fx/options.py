@@ -96,9 +96,13 @@ def budget_bytes_of(budget_gb: Any, device: torch.device) -> int:
         return capacity_bytes
     if isinstance(budget_gb, bool) or not isinstance(budget_gb, Real):
         raise ValueError(f'budget_gb must be a number of GiB or "device", got {budget_gb!r}')
-    if not math.isfinite(budget_gb) or budget_gb <= 0:
+    try:
+        size = float(budget_gb) * GIB
+    except OverflowError:
+        size = math.inf
+    if not (math.isfinite(size) and size > 0):
         raise ValueError(f"budget_gb must be a positive number of GiB, got {budget_gb!r}")
-    budget_bytes = int(float(budget_gb) * GIB)
+    budget_bytes = int(size)
     capacity_bytes = _capacity_bytes(device)
     if capacity_bytes is not None and budget_bytes > capacity_bytes:
         warnings.warn(

@@ -78,6 +78,11 @@ def actions_of(plan: Plan, analysis: Analysis) -> Actions:
                 f"for its weights alone{''.join(reasons[:1])}: make the plan with this model and these inputs"
             )
         assert decision.sub_token_size is not None
+        if candidate.savings[0].shape[-1] != decision.shape[-1]:
+            raise ValueError(
+                f"the plan is for an input of {decision.consumers[0]} of width {decision.shape[-1]}, and here it has "
+                f"{candidate.savings[0].shape[-1]}: make the plan with this model"
+            )
         if candidate.savings[0].shape[-1] % decision.sub_token_size:
             raise ValueError(
                 f"the plan's sub-token size {decision.sub_token_size} does not divide the input width "
@@ -182,7 +187,7 @@ def _notes(search: Search, actions: Actions, plan: Plan) -> list[str]:
 
 def _regional_note(analysis: Analysis, actions: Actions, plan: Plan) -> list[str]:
     """What the same step holds where blocks are compiled one by one, if that is another figure."""
-    if not analysis.is_compiled or not analysis.has_blocks:
+    if not analysis.is_compiled or not analysis.has_blocks or actions.recomputed:
         return []
     peak_bytes = analysis.peak(actions, by_blocks=True).peak_bytes
     if abs(peak_bytes - plan.planned.peak_bytes) <= SAME * plan.planned.peak_bytes:

@@ -177,7 +177,13 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """The inverse of `to_json`; raises ValueError for text that is no plan."""
-        return cls.from_dict(json.loads(text))
+        data = json.loads(text)
+        if not isinstance(data, dict):
+            raise ValueError(f"a plan is one JSON object, got {type(data).__name__}")
+        try:
+            return cls.from_dict(data)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"this is no whole plan: {type(error).__name__}: {error}") from error
 
 
 def _peak(data: Mapping[str, Any]) -> Peak:

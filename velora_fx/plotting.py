@@ -23,7 +23,7 @@ def plot(plan: Plan, path: str | Path) -> None:
     The ending of the path tells the format: .svg, .png or .pdf. Raises ImportError without matplotlib, ValueError for
     another ending or a plan without curves.
     """
-    figure_of_size = _figure_class(path)
+    figure_of_size = figure_class(path)
     sides = [("untouched", plan.baseline), ("planned", plan.planned)][: 2 if plan.compressed or plan.recomputed else 1]
     highest = max(peak.peak_bytes for _, peak in sides)
     unit, name = next((pair for pair in UNITS if highest >= pair[0]), (1, "B"))
@@ -57,7 +57,7 @@ def plot_sweep(plans: Sequence[Plan], path: str | Path) -> None:
     The cost is the share of the matrix products' inputs that are compressed, and the predicted step time. Raises as
     `plot` does.
     """
-    figure = _figure_class(path)(figsize=(7.2, 6.4), layout="constrained")
+    figure = figure_class(path)(figsize=(7.2, 6.4), layout="constrained")
     memory, costs = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     ordered = sorted(plans, key=lambda plan: plan.budget_bytes or 0)
     first = ordered[0]
@@ -96,7 +96,7 @@ def _compressed_percent(plan: Plan) -> float:
     return 100 * compressed / max(1, sum(len(decision.consumers) for decision in plan.decisions) + len(plan.skipped))
 
 
-def _figure_class(path: str | Path) -> Any:
+def figure_class(path: str | Path) -> Any:
     """matplotlib's figures, once the ending of the path is known to be one that they are written as."""
     try:
         from matplotlib.figure import Figure

@@ -36,7 +36,8 @@ class Search:
 
         The solver knows the moments of a step with nothing done about it; a simulation tells the true peak of what it
         chose. Along a ladder of targets for the solver, the same for every budget, the highest rung that fits is
-        searched by halving, so that a larger budget never gets a more approximate plan.
+        searched by halving, so that a larger budget never gets a dearer plan: one more approximate, where blocks are
+        not recomputed.
         """
         tensor_budget_bytes = tensors_within(budget_bytes, self.analysis.device)
         if self.analysis.baseline.tensor_bytes <= tensor_budget_bytes:
@@ -109,15 +110,18 @@ class Search:
 
     @cached_property
     def tightest(self) -> tuple[Actions, Peak]:
-        """The actions of the smallest peak among: nothing, everything compressed, everything recomputed."""
+        """The actions of the smallest peak among: nothing, everything compressed, everything recomputed, and both."""
         found: list[tuple[Actions, Peak]] = []
         if self.compresses and self.analysis.candidates:
             for index in (-1,) if self.projections_are_kept else (0, -1):
                 actions = self._all_at(index)
                 found.append((actions, self._peak(actions)))
         if self.blocks:
-            actions = self._recomputing(self._gains[-1].level)
-            found.append((actions, self.analysis.peak(actions)))
+            recomputed = self._recomputing(self._gains[-1].level).recomputed
+            outside = [c for c in self.candidates if c.region not in recomputed]
+            mixed = Actions({c.key: c.sizes[-1] for c in outside}, recomputed)
+            for actions in (Actions({}, recomputed), mixed) if outside else (mixed,):
+                found.append((actions, self.analysis.peak(actions)))
         return min([*found, (Actions(), self.analysis.baseline)], key=lambda pair: pair[1].peak_bytes)
 
     @cached_property
@@ -161,7 +165,7 @@ class Search:
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
         """What may be recomputed."""
-        return self.analysis.blocks if self.recomputes and self._gains else ()
+        return self.analysis.blocks if self.recomputes and self.analysis.blocks and self._gains else ()
 
     @cached_property
     def items(self) -> list[Item]:

@@ -57,7 +57,7 @@ def simulate(
     scopes = tracker.scopes.on() if tracker.scopes else contextlib.nullcontext()
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), scopes, timer, tracker, kernels_of(device):
         tracker.mark("forward")
-        loss = _run_forward(lambda: loss_fn(model(*args, **kwargs)))
+        loss = _checked_loss(_run_forward(lambda: loss_fn(model(*args, **kwargs))))
         tracker.name_loss(loss)
         tracker.mark("backward")
         for storage in tracker.live():
@@ -154,11 +154,19 @@ def _run_forward(run: Callable[[], Any]) -> Any:
         ) from error
 
 
+def _checked_loss(loss: Any) -> torch.Tensor:
+    if not isinstance(loss, torch.Tensor):
+        raise ValueError(f"the loss must be a tensor, got {type(loss).__name__}: pass a loss_fn that returns one")
+    if loss.numel() != 1:
+        raise ValueError(f"the loss must be one number, got a tensor of shape {tuple(loss.shape)}: pass loss_fn")
+    if not loss.requires_grad:
+        raise ValueError("the loss does not depend on any trained parameter: pass a loss_fn that keeps the graph")
+    return loss
+
+
 def _backward(loss: torch.Tensor) -> None:
     """`loss.backward()`, which itself would run with torch function modes switched off: what is recomputed in backward
     would take other kernels than in forward."""
-    if loss.numel() != 1:
-        raise ValueError(f"the loss must be one number, got a tensor of shape {tuple(loss.shape)}: pass loss_fn")
     engine: Any = torch.autograd.Variable._execution_engine
     gradients = (torch.ones_like(loss, memory_format=torch.preserve_format),)
     engine.run_backward((loss,), gradients, False, False, (), allow_unreachable=True, accumulate_grad=True)
