@@ -301,6 +301,12 @@ def test_files_that_could_not_be_written_are_refused_before_anything_is_planned(
     assert "no folder" in capsys.readouterr().err
 
 
+def test_sizes_for_a_factory_that_makes_its_own_inputs_are_refused(net: str, capsys: Any) -> None:
+    for sizes in (["--batch-size", "64"], ["--seq-len", "8"]):
+        assert main(["--model", f"{net}:make", *sizes]) == 2
+        assert "returns its own example inputs" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("budgets", ["", ","])
 def test_a_sweep_without_budgets_is_refused(llama: list[str], budgets: str, capsys: Any) -> None:
     assert main([*llama, "--sweep", budgets]) == 2

@@ -110,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("--model", required=True, help="a preset, a Hugging Face config, or package.module:factory (see below)")
-    add("--batch-size", type=int, default=1, metavar="N", help="texts or images of a batch (default: 1)")
+    add("--batch-size", type=int, metavar="N", help="texts or images of a batch (default: 1)")
     add("--seq-len", type=int, metavar="N", help="tokens of a text (default: what the model takes, up to 2048)")
     add(
         "--dtype",

@@ -61,13 +61,14 @@ PRESETS: Mapping[str, Preset] = {
 
 
 def load(
-    model: str, batch_size: int = 1, seq_len: int | None = None, dtype: torch.dtype | None = None
+    model: str, batch_size: int | None = None, seq_len: int | None = None, dtype: torch.dtype | None = None
 ) -> tuple[torch.nn.Module, Any]:
     """A model on the meta device in training mode, and example inputs for it: integers real, other tensors on meta.
 
     Args:
         model: a preset; a Hugging Face config (a JSON file, a folder with a config.json, or a hub id owner/name); or
             `package.module:factory`, where `factory()` returns a model or (model, example inputs).
+        batch_size: texts or images, by default one; neither this nor `seq_len` where a factory returns inputs.
         seq_len: tokens of each text, by default what the model takes up to 2048; images have the config's size.
         dtype: of weights and inputs, by default bfloat16; what a factory makes stays as it is by default.
 
@@ -85,7 +86,9 @@ def load(
     else:
         made, inputs = _from_config(_config(model), model, dtype or DEFAULT_DTYPE), None
     if inputs is None:
-        inputs = _example_inputs(made, batch_size, seq_len)
+        inputs = _example_inputs(made, batch_size or 1, seq_len)
+    elif batch_size is not None or seq_len is not None:
+        raise ValueError(f"{model} returns its own example inputs: leave out batch_size and seq_len")
     return made.train(), inputs
 
 
@@ -215,6 +218,8 @@ def _example_inputs(model: torch.nn.Module, batch_size: int, seq_len: int | None
         raise _no_inputs(type(model).__name__)
     generator = torch.Generator().manual_seed(0)
     if main_input == "pixel_values":
+        if seq_len is not None:
+            raise ValueError(f"{type(model).__name__} takes images, whose size the config gives: leave out seq_len")
         sides = config.image_size if isinstance(config.image_size, (tuple, list)) else [config.image_size] * 2
         shape = (batch_size, getattr(config, "num_channels", 3), *sides)
         inputs = {main_input: torch.empty(shape, dtype=next(model.parameters()).dtype, device="meta")}
