@@ -22,7 +22,7 @@ from tests.allocator import peak_of
 from tests.gradients import tightest
 from tests.test_memory import measured_peak, tensor_bytes
 from tests.toys import rows, stack
-from velora_fx.api import Installed
+from velora_fx.installed import Installed
 from velora_fx.measuring import Measurement, _Step
 from velora_fx.timeline import Curve, Measured, Peak
 
@@ -447,16 +447,16 @@ def test_on_cuda_it_reads_the_allocators_statistics(monkeypatch: pytest.MonkeyPa
 def test_a_plan_for_cuda_is_measured_wherever_there_is_a_gpu(available: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = velora_fx.plan(stack(), 4, (rows(),), device="cuda")
     found: list[Any] = []
-    monkeypatch.setattr("velora_fx.api.Measurement", lambda *given: found.append(given[1:3]))
+    monkeypatch.setattr("velora_fx.installed.Measurement", lambda *given: found.append(given[1:3]))
     model = velora_fx.optimize(stack(), plan=plan, example_inputs=(rows(),))
     assert not found
-    installing = velora_fx.api.install
+    installing = velora_fx.installed.install
 
     def install(*given: Any) -> Any:  # planning itself is not to look for a GPU
         monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
         return installing(*given)
 
-    monkeypatch.setattr("velora_fx.api.install", install)
+    monkeypatch.setattr("velora_fx.installed.install", install)
     velora_fx.optimize(model, plan=plan, example_inputs=(rows(),))
     assert found == ([(plan.planned, "cuda")] if available else [])
 

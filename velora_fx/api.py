@@ -3,50 +3,22 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 
 from velora_fx.analysis import analyse
 from velora_fx.arguments import example_call
-from velora_fx.batch_watch import unwatch, watch_batches
-from velora_fx.calibrate import calibrate
-from velora_fx.checkpointing import Checkpointed, install_checkpointing
-from velora_fx.first_forward import STATE, FirstForward, Request
-from velora_fx.installing import install
-from velora_fx.measured_report import mismatch_text
-from velora_fx.measuring import Measurement
+from velora_fx.first_forward import STATE, Request
+from velora_fx.installed import Installed, apply, installed_on, load_projections, take_out, wait
 from velora_fx.options import Options, budget_bytes_of, planning_device
-from velora_fx.planning import Planner, actions_of
+from velora_fx.planning import Planner
 from velora_fx.plans import Plan
 from velora_fx.progress import planning_progress
-from velora_fx.region import Region
 from velora_fx.regions import find_regions
-from velora_fx.stand_in import StandIn, uninstall
-from velora_fx.timeline import Measured
 
 Model = TypeVar("Model", bound=torch.nn.Module)
-
-
-@dataclass
-class Installed:
-    """What `optimize` leaves on a model: its plan, its regions, its checkpointed blocks, and a pending measurement."""
-
-    plan: Plan
-    regions: list[Region]
-    checkpointed: list[Checkpointed]
-    measurement: Measurement | None = None
-
-    def take(self, measured: Measured) -> None:
-        """Puts a real step into the plan, and warns of a plan that is far from it."""
-        self.plan = replace(self.plan, measured=measured)
-        self.measurement = None
-        text = mismatch_text(self.plan)
-        if text is not None:
-            warnings.warn(f"velora_fx: {text}", stacklevel=5)
 
 
 def optimize(
@@ -115,7 +87,7 @@ def optimize(
     )  # fmt: skip
     request = _request(model, options, budget_gb, plan)
     if example_inputs is None:
-        _wait(model, request)
+        wait(model, request)
     else:
         apply(model, request, *_checked_call(model, example_inputs))
     return model
@@ -163,31 +135,18 @@ def plan_of(model: torch.nn.Module) -> Plan:
 
     Raises RuntimeError where there is none yet.
     """
-    return _installed(model).plan
+    return installed_on(model).plan
 
 
 def restore(model: Model) -> Model:
     """Undoes `optimize`: every module gets its own forward back; a model that is not optimised stays as it is."""
-    for module in model.modules():
-        state = vars(module).pop(STATE, None)
-        if isinstance(state, Installed) and state.measurement is not None:
-            state.measurement.cancel()
-        for stand_in in _stand_ins(state):
-            stand_in.remove()  # also where a wrapper took its place
-    uninstall(model)
-    unwatch(model)
+    take_out(model)
     return model
-
-
-def _stand_ins(state: Installed | FirstForward | None) -> list[StandIn]:
-    if isinstance(state, Installed):
-        return [*state.regions, *state.checkpointed]
-    return [] if state is None else [state]
 
 
 def state_dict(model: torch.nn.Module) -> dict[str, Any]:
     """What a checkpoint needs besides the model's own state: the plan, and projections made from data."""
-    installed = _installed(model)
+    installed = installed_on(model)
     projections = {}
     if installed.plan.projection != "signs":
         projections = {
@@ -210,52 +169,16 @@ def load_state_dict(model: Model, state: Mapping[str, Any]) -> Model:
     saved = Plan.from_dict(state["plan"])
     installed = vars(model).get(STATE)
     if isinstance(installed, Installed) and _what_is_installed(installed.plan) == _what_is_installed(saved):
-        _load_projections(installed.regions, state["projections"])
+        load_projections(installed.regions, state["projections"])
         return model
     options = Options(projection=saved.projection, seed=saved.seed, target=saved.target)
     _check_model(model)
-    _wait(model, Request(options, planning_device(model, options), None, saved, dict(state["projections"])))
+    wait(model, Request(options, planning_device(model, options), None, saved, dict(state["projections"])))
     return model
 
 
 def _what_is_installed(plan: Plan) -> tuple[Any, ...]:
     return plan.decisions, plan.recomputed, plan.projection, plan.seed
-
-
-def apply(model: torch.nn.Module, request: Request, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Plans for the given call as requested and installs the result; a failure leaves the model as it was."""
-    options = request.options
-    if request.plan is not None:
-        options = replace(options, projection=request.plan.projection, seed=request.plan.seed)
-        options = replace(options, filter_fn=lambda module, name: True)  # the plan tells what is compressed
-    with planning_progress() as progress:
-        analysis = analyse(model, args, kwargs, options, request.device, progress)
-        if request.plan is not None:
-            made, actions = request.plan, actions_of(request.plan, analysis)
-        else:
-            made, actions = Planner(analysis, type(model).__name__, options).plan(request.budget_bytes)
-    before = vars(model).get(STATE)
-    restore(model)
-    try:
-        regions = install(model, analysis.region_plans(actions.sizes), options.seed)
-        checkpointed = install_checkpointing(model, actions.recomputed)
-        if request.projections:
-            _load_projections(regions, request.projections)
-        elif options.projection == "batch_mean":
-            calibrate(model, regions, args, kwargs)
-    except BaseException:
-        uninstall(model)
-        for stand_in in _stand_ins(before):
-            stand_in.install()
-        if before is not None:
-            setattr(model, STATE, before)
-        raise
-    made = replace(made, measured=None) if made.measured is not None else made  # that was another run
-    installed = Installed(made, regions, checkpointed)
-    setattr(model, STATE, installed)
-    watch = watch_batches(model, {item.name: item.shape for item in made.inputs})
-    if options.measure or (made.device == "cuda" and torch.cuda.is_available()):
-        installed.measurement = Measurement(model, made.planned, made.device, watch.seen, installed.take)
 
 
 def _request(model: torch.nn.Module, options: Options, budget_gb: float | str | None, plan: Plan | None) -> Request:
@@ -270,25 +193,6 @@ def _request(model: torch.nn.Module, options: Options, budget_gb: float | str | 
     budget_bytes = None if plan is not None else budget_bytes_of(budget_gb, device)
     _check_model(model)
     return Request(options, device, budget_bytes, plan, {})
-
-
-def _wait(model: torch.nn.Module, request: Request) -> None:
-    restore(model)
-    first = FirstForward(model, request, apply)
-    first.install()
-    setattr(model, STATE, first)
-
-
-def _load_projections(regions: Sequence[Region], projections: Mapping[str, torch.Tensor]) -> None:
-    expected = {f"{region.name}/{tensor}" for region in regions for tensor in region.projections}
-    if projections and set(projections) != expected:
-        raise ValueError(
-            f"the state's projections are for other tensors: {sorted(set(projections) ^ expected)[:3]} do not match"
-        )
-    for region in regions:
-        for tensor in region.projections:
-            if projections:
-                region.set_projection(tensor, projections[f"{region.name}/{tensor}"])
 
 
 def _check_model(model: torch.nn.Module) -> None:
@@ -308,16 +212,3 @@ def _checked_call(model: torch.nn.Module, example_inputs: Any) -> tuple[tuple[An
     except TypeError as error:
         raise ValueError(f"example_inputs do not fit the forward of {type(model).__name__}: {error}") from error
     return args, kwargs
-
-
-def _installed(model: torch.nn.Module) -> Installed:
-    for module in model.modules():  # wrappers hold the optimised model as a submodule
-        state = vars(module).get(STATE)
-        if isinstance(state, Installed):
-            return state
-        if isinstance(state, FirstForward):
-            raise RuntimeError(
-                "the model is not planned yet: planning happens at its first training forward; "
-                "pass example_inputs to optimize to plan at once"
-            )
-    raise RuntimeError("the model is not optimised: call velora_fx.optimize first")

@@ -1,0 +1,132 @@
+"""What `optimize` leaves on a model: put there, found, and taken away again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from velora_fx.analysis import analyse
+from velora_fx.batch_watch import unwatch, watch_batches
+from velora_fx.calibrate import calibrate
+from velora_fx.checkpointing import Checkpointed, install_checkpointing
+from velora_fx.first_forward import STATE, FirstForward, Request
+from velora_fx.installing import install
+from velora_fx.measured_report import mismatch_text
+from velora_fx.measuring import Measurement
+from velora_fx.planning import Planner, actions_of
+from velora_fx.plans import Plan
+from velora_fx.progress import planning_progress
+from velora_fx.region import Region
+from velora_fx.stand_in import StandIn, uninstall
+from velora_fx.timeline import Measured
+
+
+@dataclass
+class Installed:
+    """What `optimize` leaves on a model: its plan, its regions, its checkpointed blocks, and a pending measurement."""
+
+    plan: Plan
+    regions: list[Region]
+    checkpointed: list[Checkpointed]
+    measurement: Measurement | None = None
+
+    def take(self, measured: Measured) -> None:
+        """Puts a real step into the plan, and warns of a plan that is far from it."""
+        self.plan = replace(self.plan, measured=measured)
+        self.measurement = None
+        text = mismatch_text(self.plan)
+        if text is not None:
+            warnings.warn(f"velora_fx: {text}", stacklevel=5)
+
+
+def apply(model: torch.nn.Module, request: Request, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Plans for the given call as requested and installs the result; a failure leaves the model as it was."""
+    options = request.options
+    if request.plan is not None:
+        options = replace(options, projection=request.plan.projection, seed=request.plan.seed)
+        options = replace(options, filter_fn=lambda module, name: True)  # the plan tells what is compressed
+    with planning_progress() as progress:
+        analysis = analyse(model, args, kwargs, options, request.device, progress)
+        if request.plan is not None:
+            made, actions = request.plan, actions_of(request.plan, analysis)
+        else:
+            made, actions = Planner(analysis, type(model).__name__, options).plan(request.budget_bytes)
+    before = vars(model).get(STATE)
+    take_out(model)
+    try:
+        regions = install(model, analysis.region_plans(actions.sizes), options.seed)
+        checkpointed = install_checkpointing(model, actions.recomputed)
+        if request.projections:
+            load_projections(regions, request.projections)
+        elif options.projection == "batch_mean":
+            calibrate(model, regions, args, kwargs)
+    except BaseException:
+        uninstall(model)
+        for stand_in in _stand_ins(before):
+            stand_in.install()
+        if before is not None:
+            setattr(model, STATE, before)
+        raise
+    made = replace(made, measured=None) if made.measured is not None else made  # that was another run
+    installed = Installed(made, regions, checkpointed)
+    setattr(model, STATE, installed)
+    watch = watch_batches(model, {item.name: item.shape for item in made.inputs})
+    if options.measure or (made.device == "cuda" and torch.cuda.is_available()):
+        installed.measurement = Measurement(model, made.planned, made.device, watch.seen, installed.take)
+
+
+def wait(model: torch.nn.Module, request: Request) -> None:
+    """Has the model planned for, as requested, at its first training forward."""
+    take_out(model)
+    first = FirstForward(model, request, apply)
+    first.install()
+    setattr(model, STATE, first)
+
+
+def take_out(model: torch.nn.Module) -> None:
+    """Gives every module its own forward back, also those of optimised models that are parts of this one."""
+    for module in model.modules():
+        state = vars(module).pop(STATE, None)
+        if isinstance(state, Installed) and state.measurement is not None:
+            state.measurement.cancel()
+        for stand_in in _stand_ins(state):
+            stand_in.remove()  # also where a wrapper took its place
+    uninstall(model)
+    unwatch(model)
+
+
+def _stand_ins(state: Installed | FirstForward | None) -> list[StandIn]:
+    if isinstance(state, Installed):
+        return [*state.regions, *state.checkpointed]
+    return [] if state is None else [state]
+
+
+def load_projections(regions: Sequence[Region], projections: Mapping[str, torch.Tensor]) -> None:
+    """Puts saved projections, if there are any, into the regions; ValueError if they are for other tensors."""
+    expected = {f"{region.name}/{tensor}" for region in regions for tensor in region.projections}
+    if projections and set(projections) != expected:
+        raise ValueError(
+            f"the state's projections are for other tensors: {sorted(set(projections) ^ expected)[:3]} do not match"
+        )
+    for region in regions:
+        for tensor in region.projections:
+            if projections:
+                region.set_projection(tensor, projections[f"{region.name}/{tensor}"])
+
+
+def installed_on(model: torch.nn.Module) -> Installed:
+    """What `optimize` left on the model or a module in it; RuntimeError if there is nothing yet."""
+    for module in model.modules():  # wrappers hold the optimised model as a submodule
+        state = vars(module).get(STATE)
+        if isinstance(state, Installed):
+            return state
+        if isinstance(state, FirstForward):
+            raise RuntimeError(
+                "the model is not planned yet: planning happens at its first training forward; "
+                "pass example_inputs to optimize to plan at once"
+            )
+    raise RuntimeError("the model is not optimised: call velora_fx.optimize first")
