@@ -42,7 +42,7 @@ class Search:
         tensor_budget_bytes = tensors_within(budget_bytes, self.analysis.device)
         if self.analysis.baseline.tensor_bytes <= tensor_budget_bytes:
             return Actions(), self.analysis.baseline
-        if self.tightest[1].tensor_bytes > tensor_budget_bytes:
+        if self._bottom[1].tensor_bytes > tensor_budget_bytes and self.tightest[1].tensor_bytes > tensor_budget_bytes:
             return self.tightest
         for is_trusted in (True, False):
             low, high = 0, self._rungs
@@ -71,7 +71,7 @@ class Search:
     def _expected_to_fit(self, rung: int, tensor_budget_bytes: int) -> bool | None:
         """What needs no simulation: how far the solver's estimates are off is known at both ends of the ladder."""
         low, high = self._ends
-        errors = self.tightest[1].tensor_bytes - low, self.analysis.baseline.tensor_bytes - high
+        errors = self._bottom[1].tensor_bytes - low, self.analysis.baseline.tensor_bytes - high
         margin = abs(errors[1] - errors[0]) // 4 + (high - low) // self._rungs
         target = self._target(rung)
         if target + max(errors) + margin <= tensor_budget_bytes:
@@ -107,6 +107,14 @@ class Search:
             max(moment.bytes_at(self.items, levels) for moment in self.moments),
             max(moment.peak_bytes for moment in self.moments),
         )
+
+    @cached_property
+    def _bottom(self) -> tuple[Actions, Peak]:
+        """What the lowest rung of the ladder stands for."""
+        if self.projections_are_kept or self.recomputes or not self.compresses:
+            return self.tightest
+        actions = self._all_at(0)
+        return actions, self._peak(actions)
 
     @cached_property
     def tightest(self) -> tuple[Actions, Peak]:
