@@ -96,6 +96,7 @@ def test_a_calibration_that_fails_leaves_the_model_as_it_was() -> None:
     with pytest.raises(RuntimeError, match="trains only"):
         velora_fx.optimize(model, plan=plan, example_inputs=BATCH)
     assert velora_fx.plan_of(signs).projection == "signs" and regions_of(signs)
+    assert signs._forward_pre_hooks  # larger batches are still warned of
 
 
 def test_a_state_whose_projections_do_not_fit_never_runs() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from velora_fx.analysis import analyse
-from velora_fx.batch_watch import unwatch, watch_batches
+from velora_fx.batch_watch import BatchWatch, unwatch, watch_batches
 from velora_fx.calibrate import calibrate
 from velora_fx.checkpointing import Checkpointed, install_checkpointing
 from velora_fx.first_forward import STATE, FirstForward, Request
@@ -70,13 +70,19 @@ def apply(model: torch.nn.Module, request: Request, args: tuple[Any, ...], kwarg
             stand_in.install()
         if before is not None:
             setattr(model, STATE, before)
+        if isinstance(before, Installed):
+            _watch(model, before.plan)
         raise
     made = replace(made, measured=None) if made.measured is not None else made  # that was another run
     installed = Installed(made, regions, checkpointed)
     setattr(model, STATE, installed)
-    watch = watch_batches(model, {item.name: item.shape for item in made.inputs})
+    watch = _watch(model, made)
     if options.measure or (made.device == "cuda" and torch.cuda.is_available()):
         installed.measurement = Measurement(model, made.planned, made.device, watch.seen, installed.take)
+
+
+def _watch(model: torch.nn.Module, plan: Plan) -> BatchWatch:
+    return watch_batches(model, {item.name: item.shape for item in plan.inputs})
 
 
 def wait(model: torch.nn.Module, request: Request) -> None:
