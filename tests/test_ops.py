@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from velora_fx import ops
-from velora_fx.ops import compress, compress_reference, linear
+from velora_fx.ops import compress, compress_reference, expand, linear
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -473,3 +473,44 @@ def test_linear_refuses_a_bad(case, fake):
 def test_importing_the_operators_leaves_inductor_unimported():
     check = f"import runpy, sys; runpy.run_path({ops.__file__!r}); sys.exit('torch._inductor' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_the_gradient_of_a_transposed_weight_has_its_layout_and_takes_no_copy():
+    """A Conv1D's weight is [D, O]; a gradient in another layout would be copied when it is kept."""
+    s = sample(lead=(64,), groups=32, size=32, out=1024)
+    stored = s.weight.detach().t().contiguous().requires_grad_()
+    y = linear(s.x, stored.t(), None, compress(s.x, s.v), s.v, None)
+
+    def backward() -> Tensor:
+        stored.grad = None
+        y.backward(s.dy, retain_graph=True)
+        return stored.grad
+
+    s.x.requires_grad_(False)
+    peak = peak_bytes(backward)
+    plain = gradients(velora(s), s, ("weight",))[0]
+    assert stored.grad.stride() == stored.stride() and torch.equal(stored.grad, plain.t())
+    assert peak < 1.5 * stored.nbytes
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("v_dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_expand_is_the_outer_product_rounded_once(dtype, v_dtype, transposed):
+    torch.manual_seed(0)
+    factor, v = torch.randn(9, 6).to(dtype), torch.randn(6, 8).to(v_dtype)
+    dweight = expand(factor, v, transposed)
+    truth = (factor.double().unsqueeze(-1) * v.double()).flatten(1)
+    assert (dweight.dtype, dweight.stride()) == (dtype, (1, 9) if transposed else (48, 1))
+    assert ((dweight.double() - truth).abs() <= 0.51 * torch.finfo(dtype).eps * truth.abs()).all()
+
+
+def test_opcheck_accepts_expand():
+    torch.library.opcheck(torch.ops.velora.expand.default, (torch.randn(9, 6), torch.randn(6, 8), True))
+
+
+def test_expand_refuses_shapes_that_do_not_fit():
+    with pytest.raises(
+        ValueError, match=r"velora::expand: got factor \[3, 4\] and v \[5, 2\]; allowed: factor \[O, G\]"
+    ):
+        expand(torch.randn(3, 4), torch.randn(5, 2), False)

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from velora_fx.ops import compress_blocks, compress_reference
+from velora_fx.ops import compress_blocks
 
 Value = TypeVar("Value")
 Real = Literal["none", "integers", "all"]
@@ -98,7 +98,7 @@ class RealKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lets fake operators do what the real kernels of a device do and their shape functions do not.
 
     `aten._grouped_mm` (mixtures of experts) takes all dtypes; layer norms and their gradients are made from contiguous
-    copies and are contiguous; `velora.compress` takes memory for its products. On the CPU, arithmetic on two dtypes
+    copies and are contiguous. On the CPU `velora.compress` takes memory for its products, and arithmetic on two dtypes
     first casts an operand.
     """
 
@@ -119,12 +119,9 @@ class RealKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 groups = a if a.dim() == 3 else args[2] if len(args) > 2 else (kwargs or {})["offs"]
                 shape.insert(0, groups.shape[0])
             return a.new_empty(shape)
-        if func is torch.ops.velora.compress.default and isinstance(args[0], FakeTensor):
-            x, v = args
-            if self.device.type == "cpu":
-                compress_blocks(x, v, 1)
-            else:
-                compress_reference(x, v)
+        on_cpu = self.device.type == "cpu"
+        if on_cpu and func is torch.ops.velora.compress.default and isinstance(args[0], FakeTensor):
+            compress_blocks(args[0], args[1], 1)
         if func in LAYER_NORMS:
             args = tuple(a.contiguous() if isinstance(a, FakeTensor) and a.dim() else a for a in args)
         if func in self.casts and all(isinstance(a, FakeTensor) and a.dim() for a in args):

@@ -1,4 +1,5 @@
-"""The two operators of VeLoRA, ``velora::compress`` and ``velora::linear`` (arXiv 2405.17991, section 3).
+"""The operators of VeLoRA: ``velora::compress``, ``velora::linear`` and, for its backward pass, ``velora::expand``
+(arXiv 2405.17991, section 3).
 
 Letters in shapes: D input features = G sub-tokens of size M, O output features, N rows (the product of all leading
 dimensions), dY the gradient of the output. For ``y = x Wᵀ`` only ``dW = dYᵀ x`` needs x. The paper keeps the
@@ -7,6 +8,7 @@ not depend on the row n, so ``dYᵀ x̂ = (dYᵀ z) ⊗ v``, the same number wit
 """
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from itertools import islice
 from math import prod
 from typing import Any
@@ -43,6 +45,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, v: Tensor,
     return y
 
 
+def expand(factor: Tensor, v: Tensor, transposed: bool) -> Tensor:
+    """reshape(factor ⊗ v): the weight's gradient of its factor dYᵀ z, in one pass over its memory.
+
+    factor [O, G] and v [G, M]; returns [O, G * M] in factor's dtype, multiplied in float32 or better and rounded once.
+    With `transposed` it has the strides of a transposed matrix, as a transposed weight's gradient needs them. Not
+    differentiable. ValueError for other shapes.
+    """
+    dweight: Tensor = torch.ops.velora.expand.default(factor, v, transposed)
+    return dweight
+
+
 def compress_reference(x: Tensor, v: Tensor) -> Tensor:
     """``compress`` in plain ATen: what compilers see, and the kernel of every device that has no own one.
 
@@ -55,6 +68,22 @@ def compress_reference(x: Tensor, v: Tensor) -> Tensor:
     return (groups.to(accumulator) * v).sum(-1).to(x.dtype)
 
 
+def expand_reference(factor: Tensor, v: Tensor, transposed: bool) -> Tensor:
+    """``expand`` in plain ATen, with no wider temporary of the result's size.
+
+    Where v is more precise than the factor it is split in two, v = high + low: rounding v would scale whole columns of
+    the gradient wrongly, while addcmul_ works in float32 inside and rounds once.
+    """
+    _check_expand(factor, v)
+    factor, v = (factor.t().unsqueeze(1), v.unsqueeze(-1)) if transposed else (factor.unsqueeze(-1), v)
+    high = v.to(factor.dtype)
+    if torch.promote_types(v.dtype, factor.dtype) == factor.dtype:
+        product = factor * high
+    else:
+        product = (factor * (v - high).to(factor.dtype)).addcmul_(factor, high)
+    return product.flatten(0, 1).t() if transposed else product.flatten(1)
+
+
 def _linear_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, v: Tensor, carrier: Tensor | None
 ) -> Tensor:
@@ -64,12 +93,34 @@ def _linear_forward(
 
 _COMPRESS = torch.library.custom_op("velora::compress", compress_reference, mutates_args=())
 _LINEAR = torch.library.custom_op("velora::linear", _linear_forward, mutates_args=())
+_EXPAND = torch.library.custom_op("velora::expand", expand_reference, mutates_args=())
 
 
 @_COMPRESS.register_kernel("cpu")
 def _compress_cpu(x: Tensor, v: Tensor) -> Tensor:
     """``compress_reference`` block by block, so that its temporaries stay in the processor's cache."""
     return compress_blocks(x, v, None)
+
+
+@_COMPRESS.register_kernel("cuda")
+def _compress_cuda(x: Tensor, v: Tensor) -> Tensor:
+    """One Triton kernel; where there is no Triton (CUDA on Windows), block by block."""
+    if find_spec("triton") is None:
+        return compress_blocks(x, v, None)
+    from velora_fx.kernels import compress as kernel
+
+    _check_compress(x, v)
+    return kernel.compress(x, v)
+
+
+@_EXPAND.register_kernel("cuda")
+def _expand_cuda(factor: Tensor, v: Tensor, transposed: bool) -> Tensor:
+    if find_spec("triton") is None:
+        return expand_reference(factor, v, transposed)
+    from velora_fx.kernels import expand as kernel
+
+    _check_expand(factor, v)
+    return kernel.expand(factor, v, transposed)
 
 
 def compress_blocks(x: Tensor, v: Tensor, num_blocks: int | None) -> Tensor:
@@ -111,6 +162,13 @@ def _linear_fake(
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
+@_EXPAND.register_fake
+def _expand_fake(factor: Tensor, v: Tensor, transposed: bool) -> Tensor:
+    _check_expand(factor, v)
+    out, width = factor.shape[0], v.shape[0] * v.shape[1]
+    return factor.new_empty(width, out).t() if transposed else factor.new_empty(out, width)
+
+
 def _check_compress(x: Tensor, v: Tensor) -> None:
     if x.dim() < 1 or v.dim() != 2 or x.shape[-1] != v.shape[0] * v.shape[1]:
         raise ValueError(
@@ -118,6 +176,13 @@ def _check_compress(x: Tensor, v: Tensor) -> None:
         )
     if not (x.is_floating_point() and v.is_floating_point()):
         raise ValueError(f"velora::compress: got x of {x.dtype} and v of {v.dtype}; allowed: floating dtypes")
+
+
+def _check_expand(factor: Tensor, v: Tensor) -> None:
+    if factor.dim() != 2 or v.dim() != 2 or factor.shape[1] != v.shape[0]:
+        raise ValueError(
+            f"velora::expand: got factor {[*factor.shape]} and v {[*v.shape]}; allowed: factor [O, G] and v [G, M]"
+        )
 
 
 def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, v: Tensor, carrier: Tensor | None) -> None:
@@ -148,6 +213,7 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, weight, _, z, v, _ = inputs
     needs_x, needs_weight, _, _, _, needs_carrier = ctx.needs_input_grad[:6]
     saved_z = z if needs_weight or needs_carrier else None
+    ctx.is_transposed = not weight.is_contiguous() and weight.t().is_contiguous()  # as Conv1D's is: so its gradient
     ctx.save_for_backward(weight if needs_x else None, saved_z, v if needs_weight else None)
 
 
@@ -163,23 +229,9 @@ def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if needs_weight or needs_carrier:
         # Under autocast dY is in low precision and z is not.
         factor = rows.t() @ z.reshape(-1, z.shape[-1]).to(dy.dtype)
-        dweight = _outer(factor, v) if needs_weight else None
+        dweight = expand(factor, v, ctx.is_transposed) if needs_weight else None
         dcarrier = factor if needs_carrier else None
     return dx, dweight, dbias, None, None, dcarrier
-
-
-def _outer(factor: Tensor, v: Tensor) -> Tensor:
-    """reshape(factor ⊗ v): [O, G] and [G, M] to [O, G * M] in factor's dtype, with no wider temporary of that size.
-
-    Where v is more precise than the factor it is split in two, v = high + low: rounding v would scale whole columns of
-    the gradient wrongly, while addcmul_ works in float32 inside and rounds once.
-    """
-    factor = factor.unsqueeze(-1)
-    high = v.to(factor.dtype)
-    if torch.promote_types(v.dtype, factor.dtype) == factor.dtype:
-        return (factor * high).flatten(1)
-    low = (v - high).to(factor.dtype)
-    return (factor * low).addcmul_(factor, high).flatten(1)
 
 
 def _decomposed_into(plain: Callable[..., Tensor]) -> Callable[..., Any]:
@@ -226,6 +278,7 @@ _COMPRESS.register_autograd(_compress_backward, setup_context=_compress_setup)
 _LINEAR.register_autograd(_linear_backward, setup_context=_linear_setup)
 _COMPRESS.register_torch_dispatch(FunctionalTensorMode, _decomposed_into(compress_reference))
 _LINEAR.register_torch_dispatch(FunctionalTensorMode, _decomposed_into(_linear_forward))
+_EXPAND.register_torch_dispatch(FunctionalTensorMode, _decomposed_into(expand_reference))
 register_flop_formula(torch.ops.velora.compress)(_compress_flops)
 register_flop_formula(torch.ops.velora.linear)(_linear_flops)
 # custom_op's own register_autocast would fix one dtype here and now, and would cast z, v and the carrier too.
