@@ -77,7 +77,7 @@ def test_json_is_one_object_with_the_promised_keys(llama: list[str], capsys: pyt
     out, err = capsys.readouterr()
     data = json.loads(out)
     assert err == ""
-    assert (data["schema"], data["model"], data["target"], data["fits"]) == (3, llama[1], "eager", True)
+    assert (data["schema"], data["model"], data["target"], data["fits"]) == (4, llama[1], "eager", True)
     assert data["budget_bytes"] == int(float(TIGHT) * GIB)
     for peak in (data["baseline"], data["planned"]):
         assert set(peak["breakdown"]) == set(CATEGORIES)

@@ -140,7 +140,7 @@ def test_planning_at_the_first_forward_copies_no_optimizer_and_no_loss() -> None
     assert velora_fx.plan_of(model).fits
 
 
-@pytest.mark.parametrize("text", ["[]", "null", "5", json.dumps({"schema": 3}), "{}"])
+@pytest.mark.parametrize("text", ["[]", "null", "5", json.dumps({"schema": 4}), "{}"])
 def test_what_is_no_plan_is_a_value_error(text: str) -> None:
     with pytest.raises(ValueError, match="plan"):
         velora_fx.Plan.from_json(text)

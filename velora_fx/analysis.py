@@ -40,14 +40,16 @@ class Actions:
 class Analysis:
     """A model's step: its timeline, what can be compressed or recomputed, and what cannot.
 
-    `timeline` is that of the trial step, whose events `findings` and `blocks` refer to. `simulate` gives the timeline
-    with the given actions; with `compiler_recomputes` that of a compiler that is told to recompute what it can, with
-    `by_blocks`, or where blocks are recomputed, that of blocks that are compiled one by one (`block.compile()`): what a
-    compiler makes of several that are recomputed at once is not known.
+    `sharing` are candidates whose input is kept anyway. `timeline` is that of the trial step, whose events `findings`
+    and `blocks` refer to. `simulate` gives the timeline with the given actions; with `compiler_recomputes` that of a
+    compiler that is told to recompute what it can, with `by_blocks`, or where blocks are recomputed, that of blocks
+    that are compiled one by one (`block.compile()`): what a compiler makes of several that are recomputed at once is
+    not known.
     """
 
     findings: Findings
     candidates: tuple[Candidate, ...]
+    sharing: tuple[Candidate, ...]
     blocks: tuple[Block, ...]
     skipped: tuple[Skipped, ...]
     baseline: Peak
@@ -65,7 +67,7 @@ class Analysis:
 
     def region_plans(self, sizes: Sizes) -> dict[str, RegionPlan]:
         """What to install for the given sub-token sizes."""
-        return region_plans(self.findings, self.candidates, sizes)
+        return region_plans(self.findings, (*self.candidates, *self.sharing), sizes)
 
     def peak(self, actions: Actions, **how: bool) -> Peak:
         """The simulated peak with the given actions, overhead included; `how` is as for `simulate`."""
@@ -96,7 +98,7 @@ def analyse(
     progress("untouched step")
     untouched = _simulate(rehearsal, rehearsal.fake_model(), findings)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    candidates, skipped = find_candidates(
+    candidates, sharing, skipped = find_candidates(
         findings,
         options.sub_token_sizes,
         lambda name: parameters[name].numel(),
@@ -108,13 +110,14 @@ def analyse(
         progress("planned step")
         by_blocks = rehearsal.is_compiled and (by_blocks or bool(actions.recomputed))
         fake = rehearsal.fake_model(by_blocks)
-        install(fake, region_plans(findings, candidates, actions.sizes), options.seed)
+        install(fake, region_plans(findings, (*candidates, *sharing), actions.sizes), options.seed)
         install_checkpointing(fake, actions.recomputed)
         return _simulate(rehearsal, fake, findings, compiler_recomputes, by_blocks)
 
     return Analysis(
         findings=findings,
         candidates=candidates,
+        sharing=sharing,
         blocks=find_recomputable(model, findings, rehearsal.is_compiled),
         skipped=skipped + _without_products(rehearsal.fake_model(), findings),
         baseline=with_overhead(untouched.peak, device),

@@ -37,6 +37,8 @@ def optimize(
     gradient_accumulation: int = 1,
     exact_only: bool = False,
     recompute: bool = False,
+    objective: str = "memory",
+    max_approximation: float | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
     measure: bool = False,
@@ -67,6 +69,10 @@ def optimize(
         exact_only: never compress; blocks recompute in backward what the budget does not let them keep, by
             `torch.utils.checkpoint`: norms and activations first, all of the block where that is not enough.
         recompute: blocks may be recomputed besides, priced by the time it takes.
+        objective: "memory", the least approximation that fits the budget; "speed", besides that, compression wherever
+            the predicted time of the step falls, also of inputs that free no memory. It needs no budget.
+        max_approximation: how far "speed" may go: the mean log2 of the sub-token size over the entries of all weights
+            that may be compressed; 5 allows sub-tokens of 32 for every one, or larger ones for some.
         device: what is planned for, "cpu" or "cuda"; by default the model's device.
         seed: seed of the projections.
         measure: measure the real peak on CPU too, by PyTorch's profiler: do not start another one in that step. On
@@ -83,6 +89,7 @@ def optimize(
         optimizer=optimizer, target=target, gradients=gradients, projection=projection,
         sub_token_sizes=sub_token_sizes, filter_fn=filter_fn, loss_fn=loss_fn, device=device, seed=seed,
         gradient_accumulation=gradient_accumulation, exact_only=exact_only, recompute=recompute,
+        objective=objective, max_approximation=max_approximation,
         measure=measure,
     )  # fmt: skip
     request = _request(model, options, budget_gb, plan)
@@ -108,18 +115,21 @@ def plan(
     gradient_accumulation: int = 1,
     exact_only: bool = False,
     recompute: bool = False,
+    objective: str = "memory",
+    max_approximation: float | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
 ) -> Plan:
     """The plan that `optimize` would make, with the model left as it is; arguments and errors are those of `optimize`.
 
-    Without a budget nothing is compressed: the plan shows the step as it is. The model's weights are not read: a model
-    on the meta device can be planned for.
+    Without a budget nothing is compressed, but for speed: the plan shows the step as it is. The model's weights are not
+    read: a model on the meta device can be planned for.
     """
     options = Options(
         optimizer=optimizer, target=target, gradients=gradients, projection=projection,
         sub_token_sizes=sub_token_sizes, filter_fn=filter_fn, loss_fn=loss_fn, device=device, seed=seed,
         gradient_accumulation=gradient_accumulation, exact_only=exact_only, recompute=recompute,
+        objective=objective, max_approximation=max_approximation,
     )  # fmt: skip
     where = planning_device(model, options)
     budget_bytes = None if budget_gb is None else budget_bytes_of(budget_gb, where)
@@ -182,7 +192,9 @@ def _what_is_installed(plan: Plan) -> tuple[Any, ...]:
 
 
 def _request(model: torch.nn.Module, options: Options, budget_gb: float | str | None, plan: Plan | None) -> Request:
-    if (budget_gb is None) == (plan is None):
+    if plan is not None and options.objective != "memory":
+        raise ValueError("a plan says what is compressed: leave out objective and max_approximation")
+    if (budget_gb is None) == (plan is None) and (plan is not None or options.objective == "memory"):
         got = "neither: pass budget_gb (in GiB) or a plan" if plan is None else "both"
         raise ValueError(f"optimize takes either budget_gb or plan, got {got}")
     if plan is not None and not isinstance(plan, Plan):
@@ -190,7 +202,7 @@ def _request(model: torch.nn.Module, options: Options, budget_gb: float | str | 
     if plan is not None and plan.compressed and options.exact_only:
         raise ValueError("exact_only never compresses, and the plan does: leave one of them out")
     device = planning_device(model, options)
-    budget_bytes = None if plan is not None else budget_bytes_of(budget_gb, device)
+    budget_bytes = None if budget_gb is None else budget_bytes_of(budget_gb, device)
     _check_model(model)
     return Request(options, device, budget_bytes, plan, {})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,7 +19,8 @@ LARGEST_SUB_TOKEN = 128
 class Candidate:
     """A saved tensor that only gradients of trainable weights need; compressing it frees `bytes_before`.
 
-    `savings` names the linears that save it, `storages` the tracker's numbers of the storage in each call, `sizes`
+    That is 0, with no `storages`, for one that something else keeps too: compressing it saves time alone. `savings`
+    names the linears that save it, `storages` the tracker's numbers of the storage in each call, `sizes`
     the sub-token sizes it may take and `num_weights` the entries of the weights whose gradient becomes approximate.
     """
 
@@ -71,14 +72,17 @@ def find_candidates(
     sizes: Sequence[int] | None,
     num_weights: Callable[[str], int],
     exclusion: Callable[[Use], str | None],
-) -> tuple[tuple[Candidate, ...], tuple[Skipped, ...]]:
+) -> tuple[tuple[Candidate, ...], tuple[Candidate, ...], tuple[Skipped, ...]]:
     """Sorts every product with a trainable parameter into candidates and skipped modules with their reasons.
 
+    The second of the three are those of the skipped that could be compressed, but would free nothing.
     `num_weights` gives the entries of a parameter by its dotted name, `exclusion` a reason to leave a product as it
     is, or None.
     """
     assert findings.timeline is not None
     reasons = {key: use.reason or exclusion(use) for key, use in findings.uses.items()}
+    allowed = {key for key, reason in reasons.items() if reason is None}
+    recomputed: set[tuple[str, str]] = set()
     by_storage: dict[int, list[Saving]] = {}
     for saving in findings.savings:
         by_storage.setdefault(saving.storage, []).append(saving)
@@ -94,6 +98,7 @@ def find_candidates(
             blocked = "its input is an input of the model, which the caller holds"
         elif birth >= moments["backward"]:
             blocked = "its input is recomputed in backward (activation checkpointing), so it is not kept"
+            recomputed.update((saving.region, saving.consumer or "") for saving in linear)
         offered = set.intersection(*(set(offered_sizes(saving.shape[-1], sizes)) for saving in linear))
         if blocked is None and not offered:
             widths = ", ".join(str(width) for width in dict.fromkeys(saving.shape[-1] for saving in linear))
@@ -121,7 +126,27 @@ def find_candidates(
         for key, reason in reasons.items()
         if key not in chosen
     )
-    return candidates, skipped
+    kept_anyway = [
+        s for s in findings.savings if s.consumer and (s.region, s.consumer) in allowed - chosen - recomputed
+    ]
+    return candidates, _sharing(kept_anyway, findings, sizes, num_weights), skipped
+
+
+def _sharing(
+    savings: Sequence[Saving],
+    findings: Findings,
+    sizes: Sequence[int] | None,
+    num_weights: Callable[[str], int],
+) -> tuple[Candidate, ...]:
+    """What could be compressed although its input is kept anyway: one for each set of linears that read one input."""
+    inputs: dict[tuple[str, str], list[Saving]] = {}
+    for saving in savings:
+        inputs.setdefault((saving.region, saving.consumer or ""), []).append(saving)
+    together: dict[tuple[object, ...], list[Saving]] = {}
+    for own in inputs.values():
+        together.setdefault(tuple((s.region, s.x, s.storage) for s in own), []).extend(own)
+    made = [_candidate([group], findings, sizes, num_weights) for group in together.values()]
+    return tuple(replace(candidate, storages=(), bytes_before=0) for candidate in made if candidate.sizes)
 
 
 def _blocked(savings: list[Saving], reasons: dict[tuple[str, str], str | None]) -> str | None:

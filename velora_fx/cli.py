@@ -20,7 +20,7 @@ import torch
 import velora_fx
 from velora_fx import presets
 from velora_fx.arguments import example_call
-from velora_fx.options import GRADIENTS, PROJECTIONS, TARGETS, Options, budget_bytes_of
+from velora_fx.options import GRADIENTS, OBJECTIVES, PROJECTIONS, TARGETS, Options, budget_bytes_of
 from velora_fx.plans import BudgetError, Plan
 from velora_fx.plotting import figure_class, plot_sweep
 from velora_fx.sweep import render_sweep, sweep
@@ -62,6 +62,9 @@ examples:
 
   What would gradient checkpointing alone have to recompute?
     velora-plan --model llama-7b --batch-size 4 --seq-len 2048 --optimizer sgd --budget-gb 40 --exact-only
+
+  How much faster with every weight's gradient from sub-tokens of 32 = 2**5?
+    velora-plan --model llama-1b --batch-size 8 --objective speed --max-approximation 5
 
   A model of your own, in float32 on CPU.
     velora-plan --model my_package.models:make_classifier --dtype float32 --device cpu --budget-gb 2
@@ -147,6 +150,13 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--exact-only", action="store_true", help="never compress: recompute blocks in backward instead")
     add("--recompute", action="store_true", help="allow recomputing blocks besides, priced by its time")
+    add("--objective", choices=OBJECTIVES, default="memory", help="speed: besides fitting, compress where time falls")
+    add(
+        "--max-approximation",
+        type=float,
+        metavar="A",
+        help="how far speed may go: the mean log2 of the sub-token size over all weights that may be compressed",
+    )
     add("--seed", type=int, default=0, help="seed of the projections (default: 0)")
     add("--json", action="store_true", help="print the plan as one JSON object instead of the report")
     add("--plot", metavar="FILE", help="draw memory over the step, as a .svg, .png or .pdf file (needs matplotlib)")
@@ -197,6 +207,8 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
         "gradient_accumulation": arguments.gradient_accumulation,
         "exact_only": arguments.exact_only,
         "recompute": arguments.recompute,
+        "objective": arguments.objective,
+        "max_approximation": arguments.max_approximation,
         "seed": arguments.seed,
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from velora_fx.measuring import Measurement
 from velora_fx.planning import Planner, actions_of
 from velora_fx.plans import Plan
 from velora_fx.progress import planning_progress
+from velora_fx.projection import without_wrappers
 from velora_fx.region import Region
 from velora_fx.stand_in import StandIn, uninstall
 from velora_fx.timeline import Measured
@@ -48,7 +49,7 @@ def apply(model: torch.nn.Module, request: Request, args: tuple[Any, ...], kwarg
     options = request.options
     if request.plan is not None:
         options = replace(options, projection=request.plan.projection, seed=request.plan.seed)
-        options = replace(options, filter_fn=lambda module, name: True)  # the plan tells what is compressed
+        options = replace(options, filter_fn=_filter_of(request.plan))
     with planning_progress() as progress:
         analysis = analyse(model, args, kwargs, options, request.device, progress)
         if request.plan is not None:
@@ -79,6 +80,13 @@ def apply(model: torch.nn.Module, request: Request, args: tuple[Any, ...], kwarg
     watch = _watch(model, made)
     if options.measure or (made.device == "cuda" and torch.cuda.is_available()):
         installed.measurement = Measurement(model, made.planned, made.device, watch.seen, installed.take)
+
+
+def _filter_of(plan: Plan) -> Callable[[torch.nn.Module, str], bool]:
+    """Lets the modules that the plan compresses be compressed: it may leave out others that read the same input."""
+    consumers = {without_wrappers(name.partition("#")[0]) for item in plan.compressed for name in item.consumers}
+    owners = {name.rpartition(".")[0] for name in consumers}  # of parameters that are no `weight`
+    return lambda module, name: without_wrappers(name) in consumers | owners
 
 
 def _watch(model: torch.nn.Module, plan: Plan) -> BatchWatch:

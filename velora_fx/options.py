@@ -15,6 +15,7 @@ GIB = 2**30
 PROJECTIONS = ("signs", "batch_mean")
 TARGETS = ("eager", "inductor")
 GRADIENTS = ("dense",)
+OBJECTIVES = ("memory", "speed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,8 @@ class Options:
     gradient_accumulation: int = 1
     exact_only: bool = False
     recompute: bool = False
+    objective: str = "memory"
+    max_approximation: float | None = None
     device: str | torch.device | None = None
     seed: int = 0
     measure: bool = False
@@ -42,6 +45,8 @@ class Options:
         _one_of("target", self.target, TARGETS)
         _one_of("gradients", self.gradients, GRADIENTS)
         _one_of("projection", self.projection, PROJECTIONS)
+        _one_of("objective", self.objective, OBJECTIVES)
+        self._check_approximation()
         sizes = self.sub_token_sizes
         if sizes is not None and (
             isinstance(sizes, (str, int, float))
@@ -71,6 +76,22 @@ class Options:
                 raise ValueError(f"device must be 'cpu' or 'cuda', got {self.device!r}") from error
             if kind not in ("cpu", "cuda"):
                 raise ValueError(f"device must be 'cpu' or 'cuda', got {self.device!r}")
+
+    def _check_approximation(self) -> None:
+        most: Any = self.max_approximation
+        if (self.objective == "speed") != (most is not None):
+            raise ValueError(
+                f"objective='speed' goes with max_approximation, got objective={self.objective!r} and "
+                f"max_approximation={most!r}: 5 allows sub-tokens of 2**5 = 32 for every weight that may be compressed"
+            )
+        if most is not None and (
+            isinstance(most, bool) or not isinstance(most, Real) or not 0 < float(most) < math.inf
+        ):
+            raise ValueError(f"max_approximation must be a positive number such as 5, got {most!r}")
+        if most is not None and self.exact_only:
+            raise ValueError(
+                "exact_only never compresses, and objective='speed' does nothing else: leave one of them out"
+            )
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

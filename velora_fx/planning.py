@@ -14,6 +14,7 @@ from velora_fx.options import Options
 from velora_fx.plans import BudgetError, Decision, Exact, Plan, Recomputed
 from velora_fx.projection import without_wrappers
 from velora_fx.search import Search
+from velora_fx.speed import approximation, faster
 from velora_fx.timeline import Peak
 from velora_fx.units import in_units
 
@@ -31,13 +32,16 @@ class Planner:
     def plan(self, budget_bytes: int | None) -> tuple[Plan, Actions]:
         """The plan of least approximation within the budget, checked by a simulation of the planned step.
 
-        With no budget nothing is done. Raises BudgetError, with the tightest plan there is, if no plan fits.
+        With no budget nothing is done for memory; for speed, what `max_approximation` allows. Raises BudgetError,
+        with the tightest plan there is, if no plan fits.
         """
         actions, planned, exact = Actions(), self.analysis.baseline, None
         if budget_bytes is not None:
             actions, planned = self.search.within(budget_bytes)
             if actions.sizes:
                 exact = self.rivals.within(budget_bytes)
+        if self.options.max_approximation is not None and (budget_bytes is None or planned.peak_bytes <= budget_bytes):
+            actions, planned = faster(self.analysis, actions, planned, budget_bytes, self.options.max_approximation)
         plan = write_plan(self.search, actions, planned, exact, budget_bytes, self.name, self.options)
         if not plan.fits:
             raise BudgetError(_unreachable(plan), plan)
@@ -67,7 +71,7 @@ def actions_of(plan: Plan, analysis: Analysis) -> Actions:
                 "plan with this model and these inputs"
             )
         recomputed[block] = item.recompute
-    candidates = {_names(candidate.consumers): candidate for candidate in analysis.candidates}
+    candidates = {_names(candidate.consumers): candidate for candidate in (*analysis.candidates, *analysis.sharing)}
     sizes = {}
     for decision in plan.compressed:
         candidate = candidates.get(_names(decision.consumers))
@@ -108,6 +112,8 @@ def write_plan(
     """The plan that the actions amount to."""
     analysis = search.analysis
     keeps = bool(actions.sizes) and search.projections_are_kept
+    decided = (*analysis.candidates, *(candidate for candidate in analysis.sharing if candidate.key in actions.sizes))
+    consumers = {name for candidate in decided for name in candidate.consumers}
     plan = Plan(
         model=name,
         target=options.target,
@@ -117,12 +123,14 @@ def write_plan(
         budget_bytes=budget_bytes,
         baseline=analysis.baseline,
         planned=planned,
-        decisions=tuple(_decision(c, actions.sizes.get(c.key), keeps) for c in analysis.candidates),
+        decisions=tuple(_decision(c, actions.sizes.get(c.key), keeps) for c in decided),
         recomputed=tuple(Recomputed(name, recompute) for name, recompute in actions.recomputed.items()),
         exact=exact,
         rates=device_rates(analysis.device).name,
-        skipped=analysis.skipped,
+        skipped=tuple(skipped for skipped in analysis.skipped if skipped.module not in consumers),
         notes=(),
+        objective=options.objective,
+        approximation=approximation(analysis, actions.sizes),
         projection=options.projection,
         seed=options.seed,
     )

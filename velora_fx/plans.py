@@ -14,7 +14,7 @@ from velora_fx.report import render
 from velora_fx.snapshot import write_snapshot
 from velora_fx.timeline import Curve, Group, Measured, Peak
 
-SCHEMA = 3
+SCHEMA = 4
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ class Plan:
     was. `baseline` and `planned` are the simulated peaks of the untouched and of the planned model, in bytes of tensors
     plus overhead; `measured` is the peak of a real step, once there was one. `recomputed` names the blocks that
     recompute in backward; `exact` is the best that exact recompute does in place of the compression, None where nothing
-    is compressed. Step times are predicted for `rates`.
+    is compressed. `approximation` is the mean log2 of the sub-token size over the entries of all weights that may be
+    compressed, 0 where none is. Step times are predicted for `rates`.
     """
 
     model: str
@@ -101,6 +102,8 @@ class Plan:
     rates: str
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...]
+    objective: str
+    approximation: float
     projection: str
     seed: int
     measured: Measured | None = None

@@ -66,6 +66,10 @@ def _header(plan: Plan) -> str:
     if plan.compressed:
         count = len({name.partition("#")[0] for decision in plan.compressed for name in decision.consumers})
         lines.append(("approximate", f"gradients of {count} weights (projection {plan.projection}, seed {plan.seed})"))
+    if plan.objective == "speed":
+        lines.append(
+            ("objective", f"speed: approximation {plan.approximation:.2f} (1 halves every input's projections)")
+        )
     if plan.exact is not None:
         lines.append(("exactly", _exactly(plan, plan.exact)))
     return tabulate([line for line in lines if line[1]], tablefmt="plain", disable_numparse=True)

@@ -1,0 +1,184 @@
+"""Plans for speed: compression wherever the predicted time of a step falls, within the approximation allowed."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import velora_fx
+from velora_fx.speed import Kind, choose_sizes
+
+few = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+def wide_llama() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A Llama wide enough for its matrix products to cost more than their launches, and a batch."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=64,
+        use_cache=False,
+    )
+    ids = torch.randint(0, 64, (2, 128))
+    return transformers.LlamaForCausalLM(config).train(), {"input_ids": ids, "labels": ids}
+
+
+@pytest.fixture(scope="module")
+def plans() -> dict[float, velora_fx.Plan]:
+    model, batch = wide_llama()
+    return {a: velora_fx.plan(model, None, batch, objective="speed", max_approximation=a) for a in (0.3, 2.0, 5.0, 7.0)}
+
+
+def test_a_step_planned_for_speed_is_faster_and_within_the_approximation_allowed(plans):
+    for most, plan in plans.items():
+        assert plan.planned.step_seconds < plan.baseline.step_seconds
+        assert 0 < plan.approximation <= most
+
+
+def test_more_approximation_never_makes_the_step_slower(plans):
+    times = [plans[most].planned.step_seconds for most in sorted(plans)]
+    assert times == sorted(times, reverse=True)
+
+
+def test_the_approximation_is_the_mean_log2_of_the_sizes_over_the_weights(plans):
+    model, _ = wide_llama()
+    weights = {name.removesuffix(".weight"): p.numel() for name, p in model.named_parameters() if "proj" in name}
+    for plan in plans.values():
+        halvings = {n: math.log2(d.sub_token_size) for d in plan.compressed for n in d.consumers}
+        assert plan.approximation == pytest.approx(
+            sum(weights[n] * halvings.get(n, 0.0) for n in weights) / sum(weights.values())
+        )
+
+
+def test_speed_compresses_inputs_that_free_nothing_and_memory_does_not(plans):
+    model, batch = wide_llama()
+    in_speed = {name for decision in plans[5.0].compressed for name in decision.consumers}
+    with pytest.raises(velora_fx.BudgetError) as caught:
+        velora_fx.plan(model, 1e-6, batch)
+    in_memory = {name for decision in caught.value.plan.compressed for name in decision.consumers}
+    assert in_speed - in_memory == {f"model.layers.{layer}.self_attn.o_proj" for layer in range(2)}
+    assert not {skipped.module for skipped in plans[5.0].skipped} & in_speed
+
+
+def test_a_plan_for_speed_fits_its_budget_too():
+    model, batch = wide_llama()
+    whole = velora_fx.plan(model, None, batch).baseline.peak_bytes
+    with pytest.raises(velora_fx.BudgetError) as caught:
+        velora_fx.plan(model, 1e-6, batch)
+    budget_gb = (whole + caught.value.smallest_peak_bytes) / 2 / 2**30
+    memory = velora_fx.plan(model, budget_gb, batch)
+    speed = velora_fx.plan(model, budget_gb, batch, objective="speed", max_approximation=5)
+    assert speed.fits and speed.planned.step_seconds < memory.planned.step_seconds
+    with pytest.raises(ValueError, match=r"the least approximation within the budget is [\d.]+, and max_approximation"):
+        velora_fx.plan(model, budget_gb, batch, objective="speed", max_approximation=1e-3)
+
+
+def test_one_of_several_readers_of_an_input_can_be_compressed_and_its_plan_applied_again():
+    """The paper compresses v and down: q and k keep the input that v reads, so for v only time is saved."""
+    model, batch = wide_llama()
+    names = ("v_proj", "down_proj")
+    before = model(**batch).loss
+    before.backward()
+    dense = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    velora_fx.optimize(
+        model, None, batch, objective="speed", max_approximation=5, filter_fn=lambda module, name: name.endswith(names)
+    )
+    plan = velora_fx.plan_of(model)
+    compressed = {name for decision in plan.compressed for name in decision.consumers}
+    assert {name.rpartition(".")[2] for name in compressed} == set(names)
+    loss = model(**batch).loss
+    loss.backward()
+    assert torch.equal(loss, before)
+    first = {name: p.grad.clone() for name, p in model.named_parameters()}
+    for name, gradient in first.items():
+        is_approximate = name.removesuffix(".weight") in compressed
+        assert torch.allclose(gradient, dense[name], rtol=1e-4, atol=1e-6) != is_approximate, name
+    model.zero_grad()
+    velora_fx.optimize(model, plan=plan, example_inputs=batch)
+    model(**batch).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, first[name])
+
+
+def test_speed_needs_no_budget_before_the_first_forward():
+    model, batch = wide_llama()
+    velora_fx.optimize(model, objective="speed", max_approximation=5)
+    model(**batch).loss.backward()
+    assert velora_fx.plan_of(model).objective == "speed" and velora_fx.plan_of(model).compressed
+
+
+def test_a_plan_for_speed_survives_json(plans):
+    again = velora_fx.Plan.from_json(plans[2.0].to_json())
+    assert (again.objective, again.approximation) == ("speed", plans[2.0].approximation)
+
+
+def test_the_report_tells_the_approximation(plans):
+    assert f"speed: approximation {plans[5.0].approximation:.2f}" in str(plans[5.0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "speed"}, "objective='speed' goes with max_approximation"),
+        ({"max_approximation": 5}, "objective='speed' goes with max_approximation"),
+        ({"objective": "fast", "max_approximation": 5}, "objective must be 'memory' or 'speed', got 'fast'"),
+        ({"objective": "speed", "max_approximation": -1}, "must be a positive number such as 5, got -1"),
+        ({"objective": "speed", "max_approximation": True}, "must be a positive number such as 5, got True"),
+        ({"objective": "speed", "max_approximation": math.inf}, "must be a positive number such as 5, got inf"),
+        ({"objective": "speed", "max_approximation": 5, "exact_only": True}, "exact_only never compresses"),
+    ],
+)
+def test_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        velora_fx.plan(nn.Linear(8, 8), 1.0, (torch.ones(2, 8),), **options)
+
+
+def test_a_given_plan_takes_no_objective(plans):
+    model, batch = wide_llama()
+    with pytest.raises(ValueError, match="leave out objective"):
+        velora_fx.optimize(model, plan=plans[5.0], example_inputs=batch, objective="speed", max_approximation=5)
+
+
+kinds = st.lists(
+    st.tuples(
+        st.integers(1, 3),
+        st.lists(st.tuples(st.integers(1, 9), st.integers(-3, 9)), min_size=1, max_size=2),
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+@few
+@given(kinds, st.integers(0, 30))
+def test_the_sizes_chosen_save_as_much_time_as_any_within_the_cost(drawn, max_cost):
+    made = [
+        Kind(
+            keys=tuple((f"{index}", f"{number}") for number in range(count)),
+            sizes=tuple(2 ** (level + 1) for level in range(len(levels))),
+            costs=tuple(float(cost) for cost, _ in levels),
+            seconds=tuple(float(seconds) for _, seconds in levels),
+        )
+        for index, (count, levels) in enumerate(drawn)
+    ]
+    members = [(kind, key) for kind in made for key in kind.keys]
+    best = 0.0
+    for levels in product(*(range(-1, len(kind.sizes)) for kind, _ in members)):
+        pairs = [(kind, level) for (kind, _), level in zip(members, levels, strict=True) if level >= 0]
+        if sum(kind.costs[level] for kind, level in pairs) <= max_cost:
+            best = max(best, sum(kind.seconds[level] for kind, level in pairs))
+    chosen = choose_sizes(made, float(max_cost))
+    levels = [(kind, kind.sizes.index(chosen[key])) for kind, key in members if key in chosen]
+    assert sum(kind.costs[level] for kind, level in levels) <= max_cost
+    assert sum(kind.seconds[level] for kind, level in levels) == pytest.approx(best)

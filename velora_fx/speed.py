@@ -1,0 +1,141 @@
+"""Compresses further where the predicted time of a step falls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from scipy.optimize import LinearConstraint, milp
+
+from velora_fx.analysis import Actions, Analysis, Sizes
+from velora_fx.candidates import Candidate
+from velora_fx.devices import Device, device_rates
+from velora_fx.timeline import Peak
+
+Key = tuple[str, str]
+
+
+def faster(
+    analysis: Analysis, actions: Actions, planned: Peak, budget_bytes: int | None, max_approximation: float
+) -> tuple[Actions, Peak]:
+    """The actions with more compressed, also inputs that free nothing, where that makes the step faster.
+
+    The sizes are those of most predicted time saved within `max_approximation`; nothing that is compressed gets smaller
+    sub-tokens. A simulation has the last word: what is not faster in it, or above the budget, is not done. Raises
+    ValueError where the actions themselves are above `max_approximation`.
+    """
+    already = approximation(analysis, actions.sizes)
+    if already > max_approximation:
+        raise ValueError(
+            f"the least approximation within the budget is {already:.2f}, and max_approximation is "
+            f"{max_approximation:g}: allow more, or a larger budget"
+        )
+    rates = device_rates(analysis.device)
+    # What shares its storage frees nothing and adds its projections: where those do not fit, do without.
+    for offered in ((*analysis.candidates, *analysis.sharing), analysis.candidates):
+        outside = [candidate for candidate in offered if candidate.region not in actions.recomputed]
+        left = (max_approximation - already) * all_weights(analysis)
+        sizes = choose_sizes(_kinds(analysis, outside, actions.sizes, rates), left)
+        found = Actions({**actions.sizes, **sizes}, actions.recomputed)
+        if found == actions:
+            break
+        peak = analysis.peak(found)
+        if peak.step_seconds < planned.step_seconds and (budget_bytes is None or peak.peak_bytes <= budget_bytes):
+            return found, peak
+    return actions, planned
+
+
+def approximation(analysis: Analysis, sizes: Sizes) -> float:
+    """The mean log2 of the sub-token size over the entries of all weights that may be compressed, 0 for none."""
+    both = (*analysis.candidates, *analysis.sharing)
+    total = sum(c.num_weights * math.log2(sizes[c.key]) for c in both if c.key in sizes)
+    return total / all_weights(analysis) if total else 0.0
+
+
+def all_weights(analysis: Analysis) -> int:
+    """The entries of all weights that may be compressed."""
+    return sum(candidate.num_weights for candidate in (*analysis.candidates, *analysis.sharing))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Candidates that are alike, at size `current` now: what each larger size costs and saves for one of them."""
+
+    keys: tuple[Key, ...]
+    sizes: tuple[int, ...]
+    costs: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+
+def choose_sizes(kinds: Sequence[Kind], max_cost: float) -> dict[Key, int]:
+    """The sizes that save most seconds within a cost in all: an integer program that counts candidates of a kind.
+
+    Costs are those above what is spent already, so `max_cost` is what may still be spent.
+    """
+    options = [(kind, level) for kind in kinds for level, seconds in enumerate(kind.seconds) if seconds > 0]
+    if not options:
+        return {}
+    seconds = np.array([kind.seconds[level] for kind, level in options])
+    costs = np.array([kind.costs[level] for kind, level in options])
+    same = np.array([[float(own is kind) for own, _ in options] for kind in kinds])
+    limits = np.array([float(len(kind.keys)) for kind in kinds])
+    unit = max(max_cost, costs.max())
+    constraints = [LinearConstraint(same, -np.inf, limits), LinearConstraint(costs / unit, -np.inf, max_cost / unit)]
+    result = milp(-seconds / seconds.max(), integrality=np.ones(len(options), dtype=int), constraints=constraints)
+    if result.x is None:
+        return {}
+    chosen: dict[Key, int] = {}
+    for kind in kinds:
+        counted = [
+            (kind.sizes[level], round(n)) for (own, level), n in zip(options, result.x, strict=True) if own is kind
+        ]
+        sizes = [size for size, count in sorted(counted, reverse=True) for _ in range(count)]
+        chosen.update(zip(kind.keys, sizes, strict=False))
+    return chosen
+
+
+def _kinds(analysis: Analysis, candidates: Sequence[Candidate], sizes: Sizes, rates: Device) -> list[Kind]:
+    alike: dict[tuple[object, ...], list[Candidate]] = {}
+    for candidate in candidates:
+        graphs = tuple(id(graph) for graph in analysis.findings.graphs[candidate.region])
+        shapes = tuple(saving.shape for saving in candidate.savings)
+        key = (graphs, candidate.tensor, candidate.consumers[0].rpartition(".")[2], shapes, sizes.get(candidate.key))
+        alike.setdefault(key, []).append(candidate)
+    return [_kind(analysis, group, sizes, rates) for group in alike.values()]
+
+
+def _kind(analysis: Analysis, group: Sequence[Candidate], sizes: Mapping[Key, int], rates: Device) -> Kind:
+    first = group[0]
+    current = sizes.get(first.key, 1)
+    larger = tuple(size for size in first.sizes if size > current)
+    before = _gradient_seconds(first, current, rates, analysis.is_compiled)
+    return Kind(
+        keys=tuple(candidate.key for candidate in group),
+        sizes=larger,
+        costs=tuple(first.num_weights * math.log2(size / current) for size in larger),
+        seconds=tuple(before - _gradient_seconds(first, size, rates, analysis.is_compiled) for size in larger),
+    )
+
+
+def _gradient_seconds(candidate: Candidate, size: int, rates: Device, is_compiled: bool) -> float:
+    """The time of a candidate's weight gradients at a size of sub-tokens, 1 for not compressed: the roofline model.
+
+    Compiled code projects in the kernel that makes the input, so that its projections cost what they are to write.
+    """
+    inputs = {(saving.region, saving.x, saving.storage): saving for saving in candidate.savings}
+    total = 0.0
+    for saving in inputs.values():
+        assert saving.dtype is not None
+        rows, width = prod(saving.shape[:-1]), saving.shape[-1]
+        out, groups = candidate.num_weights // width, width // size
+        operations = [(rows * (out + groups) + out * groups, 2.0 * rows * groups * out)]
+        if size > 1:
+            operations.append((rows * groups if is_compiled else rows * (width + groups), 0.0))
+            operations.append((out * (groups + width), 0.0))
+        for entries, flops in operations:
+            moved = entries * saving.dtype.itemsize / rates.bytes_per_second
+            total += max(moved, rates.matmul_seconds(flops, saving.dtype), rates.launch_seconds)
+    return total
