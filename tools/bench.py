@@ -1,0 +1,217 @@
+#!/usr/bin/env python
+"""Measure velora_fx against its rivals, on this machine: time, memory and the error of gradients.
+
+  ops    the operators against a copy of the same bytes, plain ATen, dense products and PEFT's VeLoRA
+  step   whole training steps against eager, torch.compile, exact recompute by the compiler, and checkpointing
+  lora   steps with LoRA adapters against PEFT's LoRA and PEFT's VeLoRA
+
+Nothing is timed before the operators are checked against float64 on this device. Every time is a median with the
+distance between the quartiles (±); every ratio is of one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from tqdm import tqdm
+
+if importlib.util.find_spec("velora_fx") is None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench_lora import LORA_CASES, LORA_WAYS
+from bench_numerics import operator_complaints, training_complaints
+from bench_ops import OPERATORS, REPEATS, OpRow, measure_op, op_cases
+from bench_ops_table import op_tables
+from bench_results import Header, append_rows, header_of
+from bench_step import STEP_CASES, STEP_WAYS, train_table
+from bench_timing import copy_bandwidth
+from bench_train import TrainRow, measure_apart, rows_for
+
+DONE, FAILED, BAD_INPUT = 0, 1, 2
+TRAINED = {"step": (STEP_WAYS, STEP_CASES, "compile"), "lora": (LORA_WAYS, LORA_CASES, "lora-compiled")}
+STEP_REPEATS = {("cpu", True): 3, ("cpu", False): 10, ("cuda", True): 5, ("cuda", False): 30}
+QUICK_CUDA_MODELS = ("llama-130m",)
+NOT_QUICK_ROWS = ("compile-budget-0.5", "velora-compiled-v+down", "velora-compiled-all-exact")
+EPILOG = f"""\
+rows:
+  ops    {", ".join(OPERATORS)}
+  step   {", ".join(STEP_WAYS)}
+  lora   {", ".join(LORA_WAYS)}
+  --quick leaves out {", ".join(NOT_QUICK_ROWS)}
+
+models:
+  cpu    {", ".join(STEP_CASES["cpu"])}
+  cuda   {", ".join(STEP_CASES["cuda"])} (lora: no ViT; --quick: {", ".join(QUICK_CUDA_MODELS)})
+
+examples:
+  A first look at the operators, in a minute:
+    python tools/bench.py ops --quick
+  Two ways to train, with more repeats:
+    python tools/bench.py step --rows compile,velora-compiled-all --repeats 50
+  A GPU with less memory:
+    python tools/bench.py step --device cuda --models llama-350m --batch-size 4
+  LoRA, with the rows for machines in a folder of its own:
+    python tools/bench.py lora --results /tmp/results
+
+exit codes: 0 done, 1 a row failed (its cell says why) or the operators are wrong on this device, 2 bad input"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"bench.py: {message} (--help explains)", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures as the arguments say, appends the rows to a file and prints a table; returns the exit code."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    args = parse(given)
+    header = header_of(" ".join(["bench.py", *given]), args.device)
+    print(header, end="\n\n", flush=True)
+    complaints = complaints_of(args)
+    if complaints:
+        print(
+            "bench.py: nothing is timed, the operators are wrong on this device:",
+            *complaints,
+            sep="\n  ",
+            file=sys.stderr,
+        )
+        return FAILED
+    return run_ops(args, header) if args.benchmark == "ops" else run_training(args, header)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Reads and checks the arguments."""
+    parser = _Parser(
+        "bench.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parsers = parser.add_subparsers(dest="benchmark", required=True, metavar="ops|step|lora")
+    for name in ("ops", *TRAINED):
+        _add_arguments(
+            parsers.add_parser(name, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter), name
+        )
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU that PyTorch can use, and there is none: leave it out to run on CPU")
+    if args.benchmark == "lora" and importlib.util.find_spec("peft") is None:
+        parser.error('lora needs PEFT: pip install "peft>=0.19"')
+    _check_names(parser, args)
+    for name in ("repeats", "batch_size", "seq_len", "sub_token_size"):
+        least = 2 if name == "sub_token_size" else 1
+        if (size := getattr(args, name, None)) is not None and size < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {size}")
+    return args
+
+
+def _add_arguments(parser: argparse.ArgumentParser, benchmark: str) -> None:
+    add = parser.add_argument
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=("cpu", "cuda"), default=device, help="default here: %(default)s")
+    add("--quick", action="store_true", help="fewer sizes and repeats: minutes")
+    add("--rows", metavar="NAME,NAME", help="of those below (default: all)")
+    add("--repeats", type=int, metavar="N", help="timed calls of each row")
+    add("--results", type=Path, metavar="DIR", default=Path(__file__).resolve().parent / "results",
+        help="folder of the .jsonl files that rows are appended to (default: %(default)s)")  # fmt: skip
+    if benchmark != "ops":
+        add("--models", metavar="NAME,NAME", help="of those below (default: all of the device)")
+        add("--batch-size", type=int, metavar="N", help="texts or images of a batch (default: each model's own)")
+        add("--seq-len", type=int, metavar="N", help="tokens of a text (default: each model's own)")
+        add("--sub-token-size", type=int, metavar="M", default=32,
+            help="wanted; each width takes its nearest divisor (default: %(default)s)")  # fmt: skip
+
+
+def _check_names(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Turns lists of names into tuples, all of them by default."""
+    allowed: dict[str, tuple[str, ...]] = {"rows": OPERATORS}
+    if args.benchmark != "ops":
+        ways, cases, _ = TRAINED[args.benchmark]
+        allowed = {"rows": tuple(ways), "models": tuple(cases[args.device])}
+    for name, values in allowed.items():
+        given = getattr(args, name)
+        chosen = values if given is None else tuple(given.split(","))
+        for unknown in set(chosen) - set(values):
+            parser.error(f"--{name} must be some of {','.join(values)}, got {unknown!r}")
+        if given is None and args.quick:
+            chosen = tuple(value for value in chosen if value not in NOT_QUICK_ROWS)
+            chosen = QUICK_CUDA_MODELS if name == "models" and args.device == "cuda" else chosen
+        setattr(args, name, chosen)
+
+
+def complaints_of(args: argparse.Namespace) -> list[str]:
+    """What is wrong with what is about to be timed; nothing if all is well."""
+    try:
+        if args.benchmark == "ops":
+            return operator_complaints(op_cases(args.device, args.quick), args.device)
+        return training_complaints(args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
+    except Exception as error:  # an operator that cannot run is as wrong as one with wrong results
+        return [f"{type(error).__name__}: {error}"]
+    finally:
+        gc.collect()
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def run_ops(args: argparse.Namespace, header: Header) -> int:
+    """Times the operators."""
+    repeats = args.repeats or REPEATS[args.device, args.quick]
+    bandwidth = copy_bandwidth(args.device, repeats)
+    print(f"copy bandwidth    {bandwidth / 1e9:.1f} GB/s, read plus written\n", flush=True)
+    cases = op_cases(args.device, args.quick)
+    asked = [OpRow(operator, args.device, case, bandwidth, repeats) for operator in args.rows for case in cases]
+    rows = _measured(asked, measure_op, args, header)
+    print(op_tables(rows))
+    return DONE if all(row.error is None for row in rows) else FAILED
+
+
+def run_training(args: argparse.Namespace, header: Header) -> int:
+    """Times training steps, each row in a process of its own."""
+    ways, cases, over = TRAINED[args.benchmark]
+    sizes = {
+        model: (args.batch_size or batch_size, length and (args.seq_len or length))
+        for model, (batch_size, length) in cases[args.device].items()
+        if model in args.models
+    }
+    common = {
+        "device": args.device,
+        "sub_token_size": args.sub_token_size,
+        "repeats": args.repeats or STEP_REPEATS[args.device, args.quick],
+    }
+    asked = list(rows_for({name: ways[name] for name in args.rows}, sizes, common))
+    rows = _measured(asked, measure_apart, args, header)
+    print(train_table(rows, over))
+    for row in rows:
+        if not row.is_ok:
+            print(
+                f"\nfailed: {row.model}, {row.name}: {row.error or f'exact gradients are off by {row.exact_error:.2g}'}"
+            )
+    return DONE if all(row.is_ok for row in rows) else FAILED
+
+
+def _measured(
+    asked: Sequence[Any], measure: Callable[[Any], Any], args: argparse.Namespace, header: Header
+) -> list[Any]:
+    """The rows with their figures, each appended to the file as soon as it has them."""
+    rows: list[OpRow | TrainRow] = []
+    for row in tqdm(asked, desc=args.benchmark, unit="row", disable=None, file=sys.stderr):
+        rows.append(measure(row))
+        append_rows(args.results / f"{args.benchmark}.jsonl", header, [{**asdict(rows[-1]), **derived(rows[-1])}])
+    return rows
+
+
+def derived(row: OpRow | TrainRow) -> dict[str, float | None]:
+    """The figures of a row that follow from others."""
+    if isinstance(row, OpRow):
+        return {"share_of_copy_bandwidth": row.share, "bound_seconds": row.bound_seconds, "over_bound": row.to_bound}
+    return {"tokens_per_second": row.tokens_per_second}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""Are the operators right on this very device? Asked before anything is timed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from accuracy_models import batch_of, hugging_face
+from bench_ops import OpCase, projection_of, torch_dtype
+from torch import Tensor, nn
+
+import velora_fx
+from velora_fx import ops
+from velora_fx.region import Region
+
+ROWS = 515  # no multiple of what kernels take at once
+FLOAT_BOUND = 1e-5
+TINY: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "use_cache": False, "attn_implementation": "sdpa",
+}  # fmt: skip
+TINY_SUB_TOKEN = 16
+
+
+def operator_complaints(cases: Sequence[OpCase], device: str) -> list[str]:
+    """What is wrong with compress, expand and dW at these sizes, held against float64; nothing if all is well."""
+    found = []
+    for case in cases:
+        eps = torch.finfo(torch_dtype(case.dtype)).eps
+        for operator, ours, truth in _operators(case, device):
+            bound = max(FLOAT_BOUND, 2 * eps if operator == "dW" else eps)  # dW is rounded as a factor first
+            error = relative_error(ours, truth)
+            if not error <= bound:  # so that NaN is one too
+                found.append(f"{operator} {case}: relative error {error:.2g}, allowed {bound:.2g}")
+    return found
+
+
+def relative_error(ours: Tensor, truth: Tensor) -> float:
+    """The larger of the errors in norm and of the worst entry, relative to the norm and to the largest entry."""
+    difference, truth = ours.double() - truth.double(), truth.double()
+    worst = difference.abs().max() / truth.abs().max()
+    return float(torch.maximum(difference.norm() / truth.norm(), worst))
+
+
+def _operators(case: OpCase, device: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The name, the result and the float64 truth of each operator."""
+    v, dtype = projection_of(case, device), torch_dtype(case.dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    x, dy = (torch.randn(ROWS, size, generator=generator, device=device).to(dtype) for size in (case.width, case.out))
+    z = ops.compress(x, v)
+    yield "compress", z, (x.double().view(ROWS, *v.shape) * v.double()).sum(-1)
+    factor = dy.t() @ z
+    truth = (factor.double().unsqueeze(-1) * v.double()).flatten(1)
+    yield "expand", ops.expand(factor, v, False), truth
+    yield "expand, transposed,", ops.expand(factor, v, True), truth
+    weight = torch.zeros(case.out, case.width, dtype=dtype, device=device, requires_grad=True)
+    ops.linear(x, weight, None, z, v, None).backward(dy)  # type: ignore[no-untyped-call]
+    assert weight.grad is not None
+    yield "dW", weight.grad, ((dy.double().t() @ z.double()).unsqueeze(-1) * v.double()).flatten(1)
+
+
+def training_complaints(device: str, dtype: torch.dtype) -> list[str]:
+    """What is wrong with a compressed step of a tiny Llama, held against the untouched model with x̂ rebuilt in float64.
+
+    The loss and every gradient of what is not compressed must be those of the untouched model.
+    """
+    torch.manual_seed(0)
+    dense = hugging_face("LlamaForCausalLM", **TINY).to(device, dtype).train()
+    model = copy.deepcopy(dense)
+    batch = batch_of(dense, 4, 64)
+    try:
+        velora_fx.optimize(model, 1e-9, batch, sub_token_sizes=(TINY_SUB_TOKEN,))  # no plan meets one byte
+    except velora_fx.BudgetError as error:
+        velora_fx.optimize(model, plan=error.plan, example_inputs=batch)
+    projections = projections_of(model)
+    linears = {f"{name}.weight": module for name, module in dense.named_modules() if isinstance(module, nn.Linear)}
+    seen: dict[str, list[Tensor]] = {}
+    for name in projections:
+        seen[name] = []
+        linears[name].register_full_backward_hook(_keeps(seen[name]))
+        linears[name].register_forward_pre_hook(lambda _, args, kept=seen[name]: kept.append(args[0].detach()))
+    losses = [one(**batch).loss for one in (dense, model)]
+    for loss in losses:
+        loss.backward()
+    return list(_training_complaints([loss.detach() for loss in losses], dense, model, projections, seen))
+
+
+def _keeps(kept: list[Tensor]) -> Any:
+    def hook(_: nn.Module, grad_input: Any, grad_output: tuple[Tensor, ...]) -> None:
+        kept.append(grad_output[0])
+
+    return hook
+
+
+def _training_complaints(
+    losses: list[Tensor],
+    dense: nn.Module,
+    model: nn.Module,
+    projections: dict[str, Tensor],
+    seen: dict[str, list[Tensor]],
+) -> Iterator[str]:
+    eps = torch.finfo(next(dense.parameters()).dtype).eps
+    bound, loss_bound = max(FLOAT_BOUND, 4 * eps), max(1e-6, eps / 4)
+    if not projections:
+        yield "nothing of a tiny Llama was compressed"
+    if not abs(float(losses[0] - losses[1])) <= loss_bound * abs(float(losses[0])):
+        yield f"the loss of a tiny Llama is {float(losses[1])!r} compressed and {float(losses[0])!r} untouched"
+    expected = dict(dense.named_parameters())
+    for name, parameter in model.named_parameters():
+        truth, grad = expected[name].grad, parameter.grad
+        if truth is None or grad is None:
+            yield f"{name} of a tiny Llama has no gradient"
+            continue
+        if name in projections:
+            x, dy = seen[name]
+            truth = _with_rebuilt_input(x, dy, projections[name].to(x.device))
+        error = relative_error(grad, truth)
+        if not error <= bound:
+            kind = "compressed" if name in projections else "exact"
+            yield f"{kind} gradient of {name} of a tiny Llama: relative error {error:.2g}, allowed {bound:.2g}"
+
+
+def _with_rebuilt_input(x: Tensor, dy: Tensor, v: Tensor) -> Tensor:
+    groups = x.double().reshape(-1, *v.shape)
+    rebuilt = ((groups * v.double()).sum(-1, keepdim=True) * v.double()).flatten(1)
+    return dy.double().reshape(-1, dy.shape[-1]).t() @ rebuilt
+
+
+def projections_of(model: nn.Module) -> dict[str, Tensor]:
+    """The projection of every weight whose gradient is approximate, by the parameter's name."""
+    found = {}
+    for region in (vars(module).get("forward") for module in model.modules()):
+        if isinstance(region, Region):
+            for consumer, choice in region.choices.items():
+                found[f"{region.name}.{consumer.split('#')[0]}.weight"] = region.projections[choice.tensor]
+    return found

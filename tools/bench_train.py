@@ -1,0 +1,217 @@
+"""A training step of a model, trained in one of several ways: time, memory, and the error of its gradients."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import math
+import multiprocessing
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accuracy_models import batch_of
+from bench_figures import compressed_weights, free, gradient_errors, held_bytes, peak_of
+from bench_models import compressible, make_model, sub_token_sizes, tokens_of
+from bench_results import reason_of
+from bench_timing import Timing, timed
+from torch import Tensor, nn
+
+import velora_fx
+from velora_fx.overhead import WORKSPACES
+
+WARM_UP_STEPS = 3  # besides the first; on CUDA optimize measures a peak of its own until the second has ended
+MAX_GRAD_NORM = 1.0
+EXACT_BOUND = 1e-3  # of exact gradients in float32; in bfloat16 two exact ways to compute one differ by far more
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a model is trained. `compresses` and `adapter` are "" for neither; `settings` are those of torch._functorch.
+
+    `is_planned` says whether velora_fx predicts a peak for it.
+    """
+
+    compiled: bool = False
+    checkpointed: bool = False
+    compresses: str = ""
+    adapter: str = ""
+    settings: Mapping[str, Any] | None = None
+    is_planned: bool = True
+
+
+@dataclass(frozen=True)
+class TrainRow:
+    """One way to train one model, with its figures or the reason why there are none.
+
+    Bytes compare as in tools/accuracy.py. `saved_bytes` is what is held from forward to backward. `compressed_error` is
+    the relative error of all compressed weights' gradients together, `exact_error` the largest of all others, both
+    against the untouched eager model from the same start; `seconds` is what the row took in all.
+    """
+
+    model: str
+    name: str
+    way: Way
+    device: str
+    batch_size: int
+    length: int | None
+    sub_token_size: int
+    repeats: int
+    tokens: int = 0
+    step: Timing | None = None
+    peak_bytes: int = 0
+    predicted_bytes: int | None = None
+    saved_bytes: int = 0
+    num_compressed: int = 0
+    num_candidates: int | None = None
+    compressed_error: float | None = None
+    exact_error: float = 0.0
+    planning_seconds: float | None = None
+    seconds: float = 0.0
+    error: str | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens, or patches of images, of a batch over the median step."""
+        return 0.0 if self.step is None else self.tokens / self.step.median_seconds
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model and its batch are in."""
+        return torch.bfloat16 if self.device == "cuda" else torch.float32
+
+    @property
+    def is_ok(self) -> bool:
+        """True for a row that has figures, and in float32 exact gradients where they must be exact."""
+        return self.error is None and (self.dtype != torch.float32 or self.exact_error <= EXACT_BOUND)
+
+
+def measure_apart(row: TrainRow) -> TrainRow:
+    """`measure` in a process of its own, so that no cache, fragment or crash of one reaches another."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(measure, row).result()
+        except BrokenProcessPool:
+            return replace(row, error="its process died")
+
+
+def measure(row: TrainRow) -> TrainRow:
+    """The row with its figures, or with the reason why there are none."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    start = time.perf_counter()
+    try:
+        with warnings.catch_warnings(), _settings(row.way.settings):
+            warnings.simplefilter("ignore")
+            row = _measure(row)
+    except Exception as error:
+        row = replace(row, error=reason_of(error))
+    return replace(row, seconds=time.perf_counter() - start)
+
+
+def _settings(settings: Mapping[str, Any] | None) -> contextlib.AbstractContextManager[Any]:
+    config: Any = importlib.import_module("torch._functorch.config")
+    patched: contextlib.AbstractContextManager[Any] = config.patch(dict(settings or {}))
+    return patched
+
+
+def _measure(row: TrainRow) -> TrainRow:
+    reference = untouched_gradients(row)
+    free(row.device)
+    model = make_model(row.model, row.way.adapter, row.device, row.dtype, row.sub_token_size)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, fused=True if row.device == "cuda" else None)
+    batch = batch_of(model, row.batch_size, row.length)
+    start = time.perf_counter()
+    plan = prepare(model, optimizer, batch, row)
+    planning_seconds = None if plan is None else time.perf_counter() - start
+    run: Any = torch.compile(model, fullgraph=True) if row.way.compiled else model
+
+    def forward() -> Tensor:
+        loss: Tensor = run(**batch).loss
+        return loss
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def step() -> None:
+        forward().backward()  # type: ignore[no-untyped-call]
+        update()
+
+    forward().backward()  # type: ignore[no-untyped-call]
+    compressed = compressed_weights(model, plan)
+    errors = gradient_errors(model, reference, compressed)
+    del reference
+    update()
+    for _ in range(WARM_UP_STEPS):
+        step()
+    saved_bytes = held_bytes(forward, row.device)
+    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    peak_bytes = peak_of(step, [*model.parameters(), *model.buffers(), *states, *batch.values()], row.device)
+    peak = None if plan is None else (plan.planned if row.way.compresses else plan.baseline)
+    return replace(
+        row,
+        tokens=tokens_of(batch, model),
+        step=timed([step], row.device, row.repeats, warm_up=1, hides_launches=False),
+        peak_bytes=peak_bytes,
+        predicted_bytes=None if peak is None else peak.tensor_bytes + peak.overhead.get(WORKSPACES, 0),
+        saved_bytes=saved_bytes,
+        num_compressed=len(compressed),
+        num_candidates=len(plan.decisions) if plan is not None else None,
+        compressed_error=errors[0],
+        exact_error=errors[1],
+        planning_seconds=planning_seconds,
+    )
+
+
+def prepare(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], row: TrainRow
+) -> velora_fx.Plan | None:
+    """Makes the model train as the row says, but for the compiler; returns the plan where there is one."""
+    target = "inductor" if row.way.compiled else "eager"
+    if row.way.checkpointed:
+        enable: Any = model.gradient_checkpointing_enable
+        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if row.way.compresses:
+        sizes = sub_token_sizes(model, row.sub_token_size)
+        common: dict[str, Any] = {"sub_token_sizes": sizes, "target": target, "optimizer": optimizer}
+        if row.way.adapter:  # adapters' products are small: they are compressed for memory, all of them
+            velora_fx.optimize(model, plan=_tightest(model, batch, common), example_inputs=batch, **common)
+        else:
+            velora_fx.optimize(
+                model, None, batch, objective="speed", max_approximation=math.log2(max(sizes)),
+                filter_fn=compressible(row.way.compresses), **common,
+            )  # fmt: skip
+        return velora_fx.plan_of(model)
+    return velora_fx.plan(model, None, batch, target=target, optimizer=optimizer) if row.way.is_planned else None
+
+
+def _tightest(model: nn.Module, batch: dict[str, Tensor], options: dict[str, Any]) -> velora_fx.Plan:
+    try:
+        return velora_fx.plan(model, 1e-9, batch, **options)  # no plan meets one byte
+    except velora_fx.BudgetError as error:
+        return error.plan
+
+
+def untouched_gradients(row: TrainRow) -> dict[str, Tensor]:
+    """The gradients of the untouched eager model on the same batch, on the CPU, by the parameters' names."""
+    model = make_model(row.model, row.way.adapter and "lora", row.device, row.dtype, row.sub_token_size)
+    with _settings(None):
+        model(**batch_of(model, row.batch_size, row.length)).loss.backward()
+    return {name: p.grad.detach().cpu() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def rows_for(
+    ways: Mapping[str, Way], cases: Mapping[str, tuple[int, int | None]], common: Mapping[str, Any]
+) -> Iterator[TrainRow]:
+    """The rows to measure: every way for every model of so many texts or images, of so many tokens."""
+    for model, (batch_size, length) in cases.items():
+        for name, way in ways.items():
+            yield TrainRow(model, name, way, batch_size=batch_size, length=length, **common)
