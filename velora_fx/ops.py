@@ -110,7 +110,8 @@ def _compress_cuda(x: Tensor, v: Tensor) -> Tensor:
     from velora_fx.kernels import compress as kernel
 
     _check_compress(x, v)
-    return kernel.compress(x, v)
+    with torch.cuda.device(x.device):  # Triton launches on the current one
+        return kernel.compress(x, v)
 
 
 @_EXPAND.register_kernel("cuda")
@@ -120,7 +121,8 @@ def _expand_cuda(factor: Tensor, v: Tensor, transposed: bool) -> Tensor:
     from velora_fx.kernels import expand as kernel
 
     _check_expand(factor, v)
-    return kernel.expand(factor, v, transposed)
+    with torch.cuda.device(factor.device):
+        return kernel.expand(factor, v, transposed)
 
 
 def compress_blocks(x: Tensor, v: Tensor, num_blocks: int | None) -> Tensor:

@@ -18,6 +18,7 @@ SHAPES = [
     ((2, 3, 5), 64, 4),
     ((4,), 5, 1),
     ((70,), 7, 128),
+    ((5,), 2, 1300),
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -103,7 +104,9 @@ def test_compiled_for_a_gpu_it_loads_16_bytes_at_once_and_spills_nothing(size, a
 
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize(("size", "block_size"), [(43, 64), (127, 128)])
-def test_compiled_for_sizes_that_align_with_nothing_it_spills_nothing(size, block_size, arch, tmp_path):
+def test_compiled_for_sizes_that_align_with_nothing_it_sums_within_a_warp_and_spills_nothing(
+    size, block_size, arch, tmp_path
+):
     code = code_of(size, 8, 256 // block_size, block_size, 1, arch, False, tmp_path)
     assert code.spilled_bytes == 0 and "bar.sync" not in code.ptx
 

@@ -21,8 +21,8 @@ def compress(x: Tensor, v: Tensor) -> Tensor:
     if z.numel() == 0:
         return z
     block_size = triton.next_power_of_2(size)
-    # Other sizes are summed across threads, and several warps would do so through shared memory.
-    num_warps = 4 if size == block_size else 1
+    # Other sizes are summed across threads: within one warp, as several would do so through shared memory.
+    num_warps = 4 if size == block_size or block_size > 256 else 1
     block_groups = min(triton.next_power_of_2(groups), max(1, num_warps * 256 // block_size))
     block_rows = min(triton.next_power_of_2(rows.shape[0]), max(1, num_warps * TILE // (block_groups * block_size)))
     grid = (triton.cdiv(rows.shape[0], block_rows), triton.cdiv(groups, block_groups))
