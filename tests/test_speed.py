@@ -182,3 +182,10 @@ def test_the_sizes_chosen_save_as_much_time_as_any_within_the_cost(drawn, max_co
     levels = [(kind, kind.sizes.index(chosen[key])) for kind, key in members if key in chosen]
     assert sum(kind.costs[level] for kind, level in levels) <= max_cost
     assert sum(kind.seconds[level] for kind, level in levels) == pytest.approx(best)
+
+
+def test_a_linear_that_is_a_region_of_its_own_is_compressed_for_speed_too():
+    """The first linear's input is the model's own, which the caller holds: to compress it saves time alone."""
+    model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256))
+    plan = velora_fx.plan(model, None, (torch.randn(512, 256),), objective="speed", max_approximation=5)
+    assert {name for decision in plan.compressed for name in decision.consumers} == {"0", "2"}

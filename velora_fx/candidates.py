@@ -82,7 +82,6 @@ def find_candidates(
     assert findings.timeline is not None
     reasons = {key: use.reason or exclusion(use) for key, use in findings.uses.items()}
     allowed = {key for key, reason in reasons.items() if reason is None}
-    recomputed: set[tuple[str, str]] = set()
     by_storage: dict[int, list[Saving]] = {}
     for saving in findings.savings:
         by_storage.setdefault(saving.storage, []).append(saving)
@@ -91,18 +90,9 @@ def find_candidates(
         linear = [saving for saving in savings if saving.consumer is not None]
         if not linear:
             continue
-        blocked = _blocked(savings, reasons)
-        birth = findings.timeline.births[savings[0].storage]
-        moments = {moment: start for start, moment in findings.timeline.marks}
-        if birth < moments["forward"]:
-            blocked = "its input is an input of the model, which the caller holds"
-        elif birth >= moments["backward"]:
-            blocked = "its input is recomputed in backward (activation checkpointing), so it is not kept"
-            recomputed.update((saving.region, saving.consumer or "") for saving in linear)
-        offered = set.intersection(*(set(offered_sizes(saving.shape[-1], sizes)) for saving in linear))
-        if blocked is None and not offered:
-            widths = ", ".join(str(width) for width in dict.fromkeys(saving.shape[-1] for saving in linear))
-            blocked = f"no sub-token size from {tuple(sizes) if sizes else '2 to 128'} divides its input width {widths}"
+        blocked = (
+            _untimely(findings.timeline, savings[0].storage) or _blocked(savings, reasons) or _undivided(linear, sizes)
+        )
         for saving in linear:
             key = (saving.region, saving.consumer or "")
             if blocked is not None:
@@ -126,8 +116,11 @@ def find_candidates(
         for key, reason in reasons.items()
         if key not in chosen
     )
+    backward = {moment: start for start, moment in findings.timeline.marks}["backward"]
     kept_anyway = [
-        s for s in findings.savings if s.consumer and (s.region, s.consumer) in allowed - chosen - recomputed
+        saving
+        for saving in findings.savings
+        if (saving.region, saving.consumer) in allowed - chosen and findings.timeline.births[saving.storage] < backward
     ]
     return candidates, _sharing(kept_anyway, findings, sizes, num_weights), skipped
 
@@ -147,6 +140,25 @@ def _sharing(
         together.setdefault(tuple((s.region, s.x, s.storage) for s in own), []).extend(own)
     made = [_candidate([group], findings, sizes, num_weights) for group in together.values()]
     return tuple(replace(candidate, storages=(), bytes_before=0) for candidate in made if candidate.sizes)
+
+
+def _untimely(timeline: Timeline, storage: int) -> str | None:
+    """Why a storage cannot be freed that is there before the forward, or is made in backward."""
+    moments = {moment: start for start, moment in timeline.marks}
+    birth = timeline.births[storage]
+    if birth < moments["forward"]:
+        return "its input is an input of the model, which the caller holds"
+    if birth >= moments["backward"]:
+        return "its input is recomputed in backward (activation checkpointing), so it is not kept"
+    return None
+
+
+def _undivided(linear: Sequence[Saving], sizes: Sequence[int] | None) -> str | None:
+    """Why no sub-token size fits all of these linears."""
+    if set.intersection(*(set(offered_sizes(saving.shape[-1], sizes)) for saving in linear)):
+        return None
+    widths = ", ".join(str(width) for width in dict.fromkeys(saving.shape[-1] for saving in linear))
+    return f"no sub-token size from {tuple(sizes) if sizes else '2 to 128'} divides its input width {widths}"
 
 
 def _blocked(savings: list[Saving], reasons: dict[tuple[str, str], str | None]) -> str | None:

@@ -102,10 +102,10 @@ class Plan:
     rates: str
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...]
-    objective: str
-    approximation: float
     projection: str
     seed: int
+    objective: str = "memory"
+    approximation: float = 0.0
     measured: Measured | None = None
 
     @property

@@ -68,7 +68,7 @@ def _header(plan: Plan) -> str:
         lines.append(("approximate", f"gradients of {count} weights (projection {plan.projection}, seed {plan.seed})"))
     if plan.objective == "speed":
         lines.append(
-            ("objective", f"speed: approximation {plan.approximation:.2f} (1 halves every input's projections)")
+            ("objective", f"speed: approximation {plan.approximation:.2f}, the mean log2 of M over all weights")
         )
     if plan.exact is not None:
         lines.append(("exactly", _exactly(plan, plan.exact)))
