@@ -254,3 +254,24 @@ def test_the_help_teaches_with_examples() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
     assert "examples:" in done.stdout and "exit codes:" in done.stdout and "velora-compiled-all" in done.stdout
+
+
+def test_a_velora_row_that_compresses_nothing_has_no_figures(tools: Any, small_model: None, monkeypatch: Any) -> None:
+    monkeypatch.setattr(tools.bench_train, "prepare", lambda *args: None)
+    row = tools.bench_train.measure(train_row(tools, "velora-eager-all", tools.bench_train.Way(compresses="all")))
+    assert row.error == "RuntimeError: nothing was compressed" and not row.is_ok
+
+
+def test_results_of_operators_are_kept_until_they_fill_the_cache(tools: Any, monkeypatch: Any) -> None:
+    """Freed at once, their memory would be written again while it is cached."""
+    monkeypatch.setattr(tools.bench_timing, "CPU_ROTATED_BYTES", 2**12)
+    row = tools.bench_ops.OpRow("expand", "cpu", tools.bench_ops.OpCase(8, 8, 8, "float32", 4), 1e10, 12)
+    places: list[int] = []
+
+    def contender(x: torch.Tensor) -> torch.Tensor:
+        result = x.new_empty(256)
+        places.append(result.data_ptr())
+        return result
+
+    tools.bench_ops._time(row, [contender], [(torch.ones(1),)])
+    assert all(len(set(places[start : start + 4])) == 4 for start in range(1, len(places) - 4))

@@ -102,7 +102,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU that PyTorch can use, and there is none: leave it out to run on CPU")
     if args.benchmark == "lora" and importlib.util.find_spec("peft") is None:
-        parser.error('lora needs PEFT: pip install "peft>=0.19"')
+        parser.error('lora needs PEFT: pip install "peft>=0.20"')
     _check_names(parser, args)
     for name in ("repeats", "batch_size", "seq_len", "sub_token_size"):
         least = 2 if name == "sub_token_size" else 1

@@ -147,6 +147,8 @@ def _measure(row: TrainRow) -> TrainRow:
 
     forward().backward()  # type: ignore[no-untyped-call]
     compressed = compressed_weights(model, plan)
+    if row.way.compresses and not compressed:
+        raise RuntimeError("nothing was compressed")
     errors = gradient_errors(model, reference, compressed)
     del reference
     update()

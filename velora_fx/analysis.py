@@ -61,13 +61,18 @@ class Analysis:
     simulate: Callable[..., Timeline]
 
     @property
+    def compressible(self) -> tuple[Candidate, ...]:
+        """All that can be compressed, whether that frees memory or saves time alone."""
+        return *self.candidates, *self.sharing
+
+    @property
     def has_blocks(self) -> bool:
         """False for a model in which nothing repeats."""
         return set(self.findings.calls) != {""}
 
     def region_plans(self, sizes: Sizes) -> dict[str, RegionPlan]:
         """What to install for the given sub-token sizes."""
-        return region_plans(self.findings, (*self.candidates, *self.sharing), sizes)
+        return region_plans(self.findings, self.compressible, sizes)
 
     def peak(self, actions: Actions, **how: bool) -> Peak:
         """The simulated peak with the given actions, overhead included; `how` is as for `simulate`."""

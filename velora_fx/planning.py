@@ -71,7 +71,7 @@ def actions_of(plan: Plan, analysis: Analysis) -> Actions:
                 "plan with this model and these inputs"
             )
         recomputed[block] = item.recompute
-    candidates = {_names(candidate.consumers): candidate for candidate in (*analysis.candidates, *analysis.sharing)}
+    candidates = {_names(candidate.consumers): candidate for candidate in analysis.compressible}
     sizes = {}
     for decision in plan.compressed:
         candidate = candidates.get(_names(decision.consumers))

@@ -35,7 +35,7 @@ def faster(
         )
     rates = device_rates(analysis.device)
     # What shares its storage frees nothing and adds its projections: where those do not fit, do without.
-    for offered in ((*analysis.candidates, *analysis.sharing), analysis.candidates):
+    for offered in (analysis.compressible, analysis.candidates):
         outside = [candidate for candidate in offered if candidate.region not in actions.recomputed]
         left = (max_approximation - already) * all_weights(analysis)
         sizes = choose_sizes(_kinds(analysis, outside, actions.sizes, rates), left)
@@ -50,14 +50,13 @@ def faster(
 
 def approximation(analysis: Analysis, sizes: Sizes) -> float:
     """The mean log2 of the sub-token size over the entries of all weights that may be compressed, 0 for none."""
-    both = (*analysis.candidates, *analysis.sharing)
-    total = sum(c.num_weights * math.log2(sizes[c.key]) for c in both if c.key in sizes)
+    total = sum(c.num_weights * math.log2(sizes[c.key]) for c in analysis.compressible if c.key in sizes)
     return total / all_weights(analysis) if total else 0.0
 
 
 def all_weights(analysis: Analysis) -> int:
     """The entries of all weights that may be compressed."""
-    return sum(candidate.num_weights for candidate in (*analysis.candidates, *analysis.sharing))
+    return sum(candidate.num_weights for candidate in analysis.compressible)
 
 
 @dataclass(frozen=True)
