@@ -8,11 +8,9 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import Argument
 
-from velora_fx.passes.parameter_of import nodes_without_grad, operation_of, parameter_of
+from velora_fx.passes.parameter_of import is_transpose, nodes_without_grad, parameter_of
 
 aten = torch.ops.aten
-# Names of operations that transpose a matrix; the last three take two dimensions, which may be one and the same.
-TRANSPOSES = ("t", "numpy_T", "mT", "transpose", "swapaxes", "swapdims")
 PRODUCTS = (aten.mm.default, aten.matmul.default)
 
 
@@ -53,7 +51,7 @@ def _as_linear(
         return
     with gm.graph.inserting_before(node):
         transposed: Argument = (
-            weight.args[0] if _is_transpose(weight) else gm.graph.call_function(aten.t.default, (weight,))
+            weight.args[0] if is_transpose(weight) else gm.graph.call_function(aten.t.default, (weight,))
         )
         args: tuple[Argument, ...] = (x, transposed) if bias is None else (x, transposed, bias)
         linear = gm.graph.call_function(aten.linear.default, args)
@@ -75,10 +73,3 @@ def _is_bias(bias: Argument, product: Node) -> bool:
     """One number for each column: `addmm` takes any tensor that can be broadcast."""
     value = bias.meta.get("val") if isinstance(bias, Node) else None
     return isinstance(value, torch.Tensor) and value.shape == product.meta["val"].shape[1:]
-
-
-def _is_transpose(node: Node) -> bool:
-    dims = node.args[1:]
-    return operation_of(node) in TRANSPOSES and (
-        not dims or {dim % 2 for dim in dims if isinstance(dim, int)} == {0, 1}
-    )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from velora_fx.passes.parameter_of import nodes_without_grad, operation_of, parameter_of
+from velora_fx.passes.parameter_of import is_transpose, nodes_without_grad, operation_of, parameter_of
 
 aten = torch.ops.aten
 OTHER_PRODUCTS = frozenset({
@@ -23,13 +23,16 @@ class Product:
     """One product with a parameter: `consumer` names it ("mlp.down_proj", "#2" appended at its second use).
 
     `consumer` is "" where the region is the linear itself; `node` is the graph node, `parameter` the parameter's dotted
-    name, `reason` why the product cannot be compressed (None for a `linear`).
+    name, `reason` why the product cannot be compressed (None for a `linear`). `input_dim` is the dimension of a matrix
+    along which the features of the product's input lie, None where it is not all of the parameter or the graph uses the
+    parameter for something else too.
     """
 
     consumer: str
     parameter: str
     node: Node
     reason: str | None
+    input_dim: int | None = None
 
 
 def find_products(gm: GraphModule) -> tuple[Product, ...]:
@@ -49,7 +52,7 @@ def find_products(gm: GraphModule) -> tuple[Product, ...]:
             consumer = owner if attribute == "weight" else parameter
             if uses[parameter] > 1:
                 consumer = f"{consumer}#{uses[parameter]}"
-            products.append(Product(consumer, parameter, node, _reason(node)))
+            products.append(Product(consumer, parameter, node, _reason(node), _input_dim(operand, source)))
     return tuple(products)
 
 
@@ -74,6 +77,15 @@ def _operands(node: Node) -> list[Node]:
     else:
         operands = tuple(node.all_input_nodes)
     return [operand for operand in operands if isinstance(operand, Node)]
+
+
+def _input_dim(operand: Node, parameter: Node) -> int | None:
+    """1 for a linear's [O, D] weight as it is, 0 for the transpose of a [D, O] weight, None for all else."""
+    if len(parameter.users) != 1 or len(operand.users) != 1:
+        return None
+    if operand is parameter:
+        return 1
+    return 0 if is_transpose(operand) and operand.args[0] is parameter else None
 
 
 def _is_matrix(operand: Node) -> bool:

@@ -15,6 +15,9 @@ VIEWS = frozenset({
     "chunk", "split", "split_with_sizes", "tensor_split", "unbind", "getitem",
 })  # fmt: skip
 
+# Names of operations that transpose a matrix; the last three take two dimensions, which may be one and the same.
+TRANSPOSES = ("t", "numpy_T", "mT", "transpose", "swapaxes", "swapdims")
+
 
 def parameter_of(operand: object, detached: Collection[Node] = ()) -> Node | None:
     """The placeholder that an operand is a view, a part, a cast or a copy of; None if it is computed otherwise.
@@ -32,6 +35,14 @@ def parameter_of(operand: object, detached: Collection[Node] = ()) -> Node | Non
 def operation_of(node: Node) -> str:
     """The name of the operation of a node, without namespace and overload."""
     return str(getattr(node.target, "__name__", node.target)).split(".")[0]
+
+
+def is_transpose(node: Node) -> bool:
+    """True for a node that transposes a matrix."""
+    dims = node.args[1:]
+    return operation_of(node) in TRANSPOSES and (
+        not dims or {dim % 2 for dim in dims if isinstance(dim, int)} == {0, 1}
+    )
 
 
 def nodes_without_grad(gm: GraphModule) -> frozenset[Node]:

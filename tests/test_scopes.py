@@ -16,8 +16,9 @@ from tests.gradients import tightest
 from tests.toys import rows, stack
 from velora_fx.devices import device_rates
 from velora_fx.fake import fake_copy, fake_mode
+from velora_fx.optimizers import optimizer_factory
 from velora_fx.scopes import Scopes
-from velora_fx.simulate import default_loss, make_tracker, optimizer_factory, simulate
+from velora_fx.simulate import default_loss, make_tracker, simulate
 from velora_fx.step_time import StepTimer
 from velora_fx.timeline import Timeline
 

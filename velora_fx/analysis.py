@@ -12,15 +12,17 @@ from velora_fx.arguments import named_tensors, parameter_names
 from velora_fx.blocks import Block, find_recomputable
 from velora_fx.candidates import Candidate, find_candidates, full_name
 from velora_fx.checkpointing import Recompute, install_checkpointing
+from velora_fx.factorable import not_factorable
+from velora_fx.folding import holding
 from velora_fx.installing import RegionPlan, install, region_plans
 from velora_fx.kept import KeptTensors
+from velora_fx.optimizers import optimizer_factory
 from velora_fx.options import Options
 from velora_fx.overhead import with_overhead
 from velora_fx.plans import Input, Skipped
 from velora_fx.probe import Findings, Use, probe
 from velora_fx.regions import child_regions, find_regions
 from velora_fx.rehearsal import Rehearsal
-from velora_fx.simulate import optimizer_factory
 from velora_fx.timeline import Peak, Timeline
 from velora_fx.tracker import Tracker
 
@@ -58,6 +60,7 @@ class Analysis:
     device: torch.device
     notes: tuple[str, ...]
     is_compiled: bool
+    is_factored: bool
     simulate: Callable[..., Timeline]
 
     @property
@@ -72,7 +75,7 @@ class Analysis:
 
     def region_plans(self, sizes: Sizes) -> dict[str, RegionPlan]:
         """What to install for the given sub-token sizes."""
-        return region_plans(self.findings, self.compressible, sizes)
+        return region_plans(self.findings, self.compressible, sizes, self.is_factored)
 
     def peak(self, actions: Actions, **how: bool) -> Peak:
         """The simulated peak with the given actions, overhead included; `how` is as for `simulate`."""
@@ -103,21 +106,29 @@ def analyse(
     progress("untouched step")
     untouched = _simulate(rehearsal, rehearsal.fake_model(), findings)
     parameters = dict(model.named_parameters(remove_duplicate=False))
+
+    def is_dense(use: Use) -> str | None:
+        return not_factorable(parameters, findings.uses.values(), use) if options.is_factored else None
+
     candidates, sharing, skipped = find_candidates(
         findings,
         options.sub_token_sizes,
         lambda name: parameters[name].numel(),
-        lambda use: exclusion(model, parameters, use, options),
+        lambda use: exclusion(model, parameters, use, options) or is_dense(use),
     )
+    if options.is_factored:  # the gradient and its optimizer state shrink whatever else keeps the input
+        candidates, sharing = (*candidates, *sharing), ()
     _check_sizes(options, candidates, findings)
 
     def simulate(actions: Actions, compiler_recomputes: bool = False, by_blocks: bool = False) -> Timeline:
         progress("planned step")
         by_blocks = rehearsal.is_compiled and (by_blocks or bool(actions.recomputed))
         fake = rehearsal.fake_model(by_blocks)
-        install(fake, region_plans(findings, (*candidates, *sharing), actions.sizes), options.seed)
+        plans = region_plans(findings, (*candidates, *sharing), actions.sizes, options.is_factored)
+        regions = install(fake, plans, options.seed)
         install_checkpointing(fake, actions.recomputed)
-        return _simulate(rehearsal, fake, findings, compiler_recomputes, by_blocks)
+        with holding(regions):
+            return _simulate(rehearsal, fake, findings, compiler_recomputes, by_blocks)
 
     return Analysis(
         findings=findings,
@@ -131,6 +142,7 @@ def analyse(
         device=device,
         notes=_notes(rehearsal),
         is_compiled=rehearsal.is_compiled,
+        is_factored=options.is_factored,
         simulate=simulate,
     )
 

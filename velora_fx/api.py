@@ -93,6 +93,11 @@ def optimize(
         measure=measure,
     )  # fmt: skip
     request = _request(model, options, budget_gb, plan)
+    if example_inputs is None and (options.is_factored or (plan is not None and plan.is_factored)):
+        raise ValueError(
+            "gradients='factored' needs example_inputs: the optimizer and DDP must find the carriers of the weights, "
+            "and are made before the first forward"
+        )
     if example_inputs is None:
         wait(model, request)
     else:

@@ -16,6 +16,7 @@ from velora_fx.checkpointing import CONTEXTS, Checkpointed
 from velora_fx.fake import fake_tensor
 from velora_fx.graphs import Call, RegionGraph, find_graph, key_of, make_graph, merge_graph
 from velora_fx.inductor import describe
+from velora_fx.module_state import carriers_of
 from velora_fx.passes.recompute_in_backward import recompute_in_backward
 from velora_fx.probe import without_checkpointing
 from velora_fx.region import Region, is_checkpointed, make_call
@@ -23,7 +24,7 @@ from velora_fx.region import Region, is_checkpointed, make_call
 
 @dataclass(frozen=True)
 class FoundGraph:
-    """The graph of a call, the graph `gm` as it is compiled, and the projections that `gm` takes as its last inputs.
+    """The graph of a call, the graph `gm` as it is compiled, and what `gm` takes last: carriers by name, projections.
 
     The two differ where the block fills a key-value cache, which `gm` returns last, and where it is checkpointed.
     """
@@ -31,9 +32,15 @@ class FoundGraph:
     call: Call
     graph: RegionGraph
     gm: GraphModule
+    carriers: Mapping[str, torch.Tensor]
     projections: tuple[torch.Tensor, ...]
     plain: GraphModule
     caches: Sequence[Any] = ()
+
+    @property
+    def inputs(self) -> list[torch.Tensor]:
+        """All that `gm` takes."""
+        return [*self.call.tensors, *self.carriers.values(), *self.projections]
 
     @property
     def captured(self) -> Captured:
@@ -72,10 +79,13 @@ class BlockGraphs:
         elif is_checkpointed(block):
             checkpoints = [*checkpoints, None]
         graph: RegionGraph | None = None
+        carriers: Mapping[str, torch.Tensor] = {}
         projections: tuple[torch.Tensor, ...] = ()
         if isinstance(forward, Region):
             graph = forward.graph_for(call)
             if graph is not None and graph.gm is not None:
+                own = carriers_of(block)
+                carriers = {carrier: own[carrier] for carrier in forward.carriers}
                 projections = _fakes(forward.placed_on(call.tensors[0].device), call.tensors[0])
         if graph is None or graph.gm is None:
             with without_checkpointing(block):  # as it was captured
@@ -95,14 +105,14 @@ class BlockGraphs:
             if id(graph) not in self._filling:
                 self._filling[id(graph)] = filling_graph(block, args, kwargs, caches)
             plain = gm = self._filling[id(graph)]
-        return FoundGraph(call, graph, gm, projections, plain, caches)
+        return FoundGraph(call, graph, gm, carriers, projections, plain, caches)
 
     def outputs(self, found: FoundGraph) -> tuple[Any, ...]:
         """What the graph returns, run operator by operator; of equal calls only the first is, the others get the like.
 
         None is like a view of an input or of another output.
         """
-        inputs = [*found.call.tensors, *found.projections]
+        inputs = found.inputs
         key = id(found.plain), *(describe(tensor) for tensor in inputs)
         if key in self._outputs:
             return tuple(_like(tensor) for tensor in self._outputs[key])

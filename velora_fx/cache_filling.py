@@ -12,7 +12,8 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from velora_fx.attributes import own_forward
-from velora_fx.capture import fakes_of, isolated, plain_graph_module, state_of
+from velora_fx.capture import fakes_of, isolated, plain_graph_module
+from velora_fx.module_state import state_of
 from velora_fx.passes import PREPARE, run
 
 

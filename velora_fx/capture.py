@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from velora_fx.arguments import CONSTANTS, flatten, unflatten
 from velora_fx.attributes import changes_in, holds_tensor, own_forward, recorded_reads
 from velora_fx.limits import CaptureError, refusals
+from velora_fx.module_state import state_of
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,6 @@ class Captured:
     slots: tuple[int, ...]
     guards: tuple[str, ...]
     reads: frozenset[tuple[str, ...]]
-
-
-def state_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The live parameters and buffers of a module by dotted name, tied ones once."""
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def capture(

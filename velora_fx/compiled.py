@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from velora_fx.capture import state_of
 from velora_fx.fake import kernels_of
 from velora_fx.inductor import Inductor, Observe, structure
+from velora_fx.module_state import carriers_of, state_of
 from velora_fx.one_graph import OneGraph
 from velora_fx.opaque import BlockCall, inner_calls, record
 from velora_fx.passes.cut_at_calls import cut_at_calls
@@ -68,8 +68,13 @@ class CompiledForward:
         self.inside = inside
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        outputs = OneGraph.apply(self.run, *state_of(self.model).values(), *tensors_of((args, kwargs)))  # type: ignore[no-untyped-call]
+        outputs = OneGraph.apply(self.run, *self.state.values(), *tensors_of((args, kwargs)))  # type: ignore[no-untyped-call]
         return self.program.rebuild(list(outputs))
+
+    @property
+    def state(self) -> dict[str, torch.Tensor]:
+        """All live tensors of the model, as the program's first names."""
+        return {**state_of(self.model), **carriers_of(self.model)}
 
     def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The results of the program for the model's state and the tensors that it is called with."""
@@ -134,7 +139,8 @@ def _program(traced: Trace, calls: Sequence[BlockCall], by_blocks: bool) -> Prog
         assert call.gm is not None
         projections = {f"projection_{number}_{k}": v for k, v in enumerate(call.projections)}
         constants.update(projections)
-        inputs = (*(state[full] for full in call.state), *map(_name, markers[position]), *projections)
+        given = (*(state[full] for full in call.state), *map(_name, markers[position]))
+        inputs = (*given, *(state[full] for full in call.carriers), *projections)
         names_returned = tuple(islice(returned, len(call.outputs)))
         results += names_returned[len(names_returned) - call.num_cached :] if traced.returns_caches else ()
         made, piece = shared.apart(Piece(call.gm, inputs, names_returned, dict(enumerate(call.state))))

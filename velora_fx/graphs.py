@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,6 +123,12 @@ def key_of(call: Call) -> tuple[Any, ...]:
         tuple([(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]),
         _aliases(call.leaves),
     )
+
+
+def with_frozen(key: tuple[Any, ...], names: Collection[str]) -> tuple[Any, ...]:
+    """The key of the same call once the parameters of these names require no gradient."""
+    state = tuple((name, *rest, requires and name not in names) for name, *rest, requires in key[3])
+    return *key[:3], state, *key[4:]
 
 
 def _aliases(leaves: list[Any]) -> tuple[int, ...]:

@@ -12,8 +12,10 @@ import torch
 from velora_fx.analysis import analyse
 from velora_fx.batch_watch import BatchWatch, unwatch, watch_batches
 from velora_fx.calibrate import calibrate
+from velora_fx.carriers import put_back, remove_carriers
 from velora_fx.checkpointing import Checkpointed, install_checkpointing
 from velora_fx.first_forward import STATE, FirstForward, Request
+from velora_fx.folding import Folding
 from velora_fx.installing import install
 from velora_fx.measured_report import mismatch_text
 from velora_fx.measuring import Measurement
@@ -28,11 +30,13 @@ from velora_fx.timeline import Measured
 
 @dataclass
 class Installed:
-    """What `optimize` leaves on a model: its plan, its regions, its checkpointed blocks, and a pending measurement."""
+    """What `optimize` leaves on a model: its plan, its regions, its checkpointed blocks, what steps its factored weights,
+    and a pending measurement."""
 
     plan: Plan
     regions: list[Region]
     checkpointed: list[Checkpointed]
+    folding: Folding | None = None
     measurement: Measurement | None = None
 
     def take(self, measured: Measured) -> None:
@@ -48,7 +52,8 @@ def apply(model: torch.nn.Module, request: Request, args: tuple[Any, ...], kwarg
     """Plans for the given call as requested and installs the result; a failure leaves the model as it was."""
     options = request.options
     if request.plan is not None:
-        options = replace(options, projection=request.plan.projection, seed=request.plan.seed)
+        made_for = request.plan
+        options = replace(options, projection=made_for.projection, seed=made_for.seed, gradients=made_for.gradients)
         options = replace(options, filter_fn=_filter_of(request.plan))
     with planning_progress() as progress:
         analysis = analyse(model, args, kwargs, options, request.device, progress)
@@ -57,7 +62,7 @@ def apply(model: torch.nn.Module, request: Request, args: tuple[Any, ...], kwarg
         else:
             made, actions = Planner(analysis, type(model).__name__, options).plan(request.budget_bytes)
     before = vars(model).get(STATE)
-    take_out(model)
+    carriers = take_out(model)
     try:
         regions = install(model, analysis.region_plans(actions.sizes), options.seed)
         checkpointed = install_checkpointing(model, actions.recomputed)
@@ -67,19 +72,31 @@ def apply(model: torch.nn.Module, request: Request, args: tuple[Any, ...], kwarg
             calibrate(model, regions, args, kwargs)
     except BaseException:
         uninstall(model)
-        for stand_in in _stand_ins(before):
-            stand_in.install()
-        if before is not None:
-            setattr(model, STATE, before)
-        if isinstance(before, Installed):
-            _watch(model, before.plan)
+        remove_carriers(model)
+        _put_back(model, before, carriers)
         raise
     made = replace(made, measured=None) if made.measured is not None else made  # that was another run
-    installed = Installed(made, regions, checkpointed)
+    folding = Folding(regions) if any(region.carriers for region in regions) else None
+    installed = Installed(made, regions, checkpointed, folding)
     setattr(model, STATE, installed)
     watch = _watch(model, made)
     if options.measure or (made.device == "cuda" and torch.cuda.is_available()):
         installed.measurement = Measurement(model, made.planned, made.device, watch.seen, installed.take)
+
+
+def _put_back(
+    model: torch.nn.Module, before: Installed | FirstForward | None, carriers: Mapping[str, torch.nn.Parameter]
+) -> None:
+    """The inverse of `take_out`."""
+    for stand_in in _stand_ins(before):
+        stand_in.install()
+    put_back(model, carriers)
+    if before is not None:
+        setattr(model, STATE, before)
+    if isinstance(before, Installed):
+        _watch(model, before.plan)
+        if before.folding is not None:
+            before.folding.hold()
 
 
 def _filter_of(plan: Plan) -> Callable[[torch.nn.Module, str], bool]:
@@ -101,16 +118,20 @@ def wait(model: torch.nn.Module, request: Request) -> None:
     setattr(model, STATE, first)
 
 
-def take_out(model: torch.nn.Module) -> None:
-    """Gives every module its own forward back, also those of optimised models that are parts of this one."""
+def take_out(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Gives every module its own forward back, also those of optimised models that are parts of this one, and its
+    weights their gradients; returns the carriers that stood for those."""
     for module in model.modules():
         state = vars(module).pop(STATE, None)
         if isinstance(state, Installed) and state.measurement is not None:
             state.measurement.cancel()
+        if isinstance(state, Installed) and state.folding is not None:
+            state.folding.release()
         for stand_in in _stand_ins(state):
             stand_in.remove()  # also where a wrapper took its place
     uninstall(model)
     unwatch(model)
+    return remove_carriers(model)
 
 
 def _stand_ins(state: Installed | FirstForward | None) -> list[StandIn]:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from velora_fx.candidates import Candidate, full_name
+from velora_fx.carriers import add_carriers
 from velora_fx.graphs import RegionGraph
-from velora_fx.passes.swap import Choice
-from velora_fx.probe import Findings
+from velora_fx.passes.swap import Carrier, Choice
+from velora_fx.probe import Findings, Use
 from velora_fx.projection import sign_projection
 from velora_fx.region import Region, rewritten
 
@@ -25,9 +26,12 @@ class RegionPlan:
 
 
 def region_plans(
-    findings: Findings, candidates: Iterable[Candidate], sizes: Mapping[tuple[str, str], int]
+    findings: Findings, candidates: Iterable[Candidate], sizes: Mapping[tuple[str, str], int], is_factored: bool
 ) -> dict[str, RegionPlan]:
-    """The regions to install where `sizes` gives the sub-token size of each compressed candidate by its key."""
+    """The regions to install where `sizes` gives the sub-token size of each compressed candidate by its key.
+
+    With `is_factored` the weights get carriers.
+    """
     choices: dict[str, dict[str, Choice]] = {}
     widths: dict[str, dict[str, int]] = {}
     for candidate in candidates:
@@ -38,7 +42,8 @@ def region_plans(
             own = next(s for s in candidate.savings if s.region == saving.region)
             tensor = full_name(own.consumer or "", "input")
             assert saving.consumer is not None
-            choices.setdefault(saving.region, {})[saving.consumer] = Choice(tensor, size)
+            carrier = _carrier(findings.uses[saving.region, saving.consumer]) if is_factored else None
+            choices.setdefault(saving.region, {})[saving.consumer] = Choice(tensor, size, carrier)
             widths.setdefault(saving.region, {})[tensor] = saving.shape[-1]
     return {
         name: RegionPlan(tuple(findings.graphs[name]), choices[name], widths[name])
@@ -47,8 +52,14 @@ def region_plans(
     }
 
 
+def _carrier(use: Use) -> Carrier:
+    assert use.input_dim is not None
+    return Carrier(use.parameter, use.input_dim)
+
+
 def install(model: torch.nn.Module, plans: Mapping[str, RegionPlan], seed: int) -> list[Region]:
-    """Installs the regions; those with the same graphs and choices share their rewritten graphs."""
+    """Installs the regions, with the carriers of their weights; those with the same graphs and choices share their
+    rewritten graphs."""
     shared: dict[tuple[object, ...], list[RegionGraph]] = {}
     regions = []
     for name, plan in plans.items():
@@ -66,5 +77,6 @@ def install(model: torch.nn.Module, plans: Mapping[str, RegionPlan], seed: int) 
         }  # fmt: skip
         region = Region(name, block, plan.choices, projections, shared[key])
         region.install()
+        add_carriers(region)
         regions.append(region)
     return regions

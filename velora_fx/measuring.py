@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from velora_fx.optimizer_hooks import leave
 from velora_fx.simulate import ALLOCATOR_BLOCK_BYTES
 from velora_fx.timeline import Measured, Peak
 
@@ -66,7 +67,7 @@ class Measurement:
             elif self.first is not None and self.first() is optimizer:
                 self._end(model, optimizer)
         if self.is_over or model is None:
-            self._leave()
+            leave(self.handle)
 
     def cancel(self) -> None:
         """Ends it without a result and takes it off the optimizers."""
@@ -102,12 +103,6 @@ class Measurement:
         step, self.step = self.step, None
         if step is not None:
             step.stop()
-
-    def _leave(self) -> None:
-        """Takes it off the optimizers once it is the last: PyTorch goes through the hooks themselves, not a copy."""
-        hooks = self.handle.hooks_dict_ref()
-        if hooks is not None and next(reversed(hooks), None) == self.handle.id:
-            self.handle.remove()
 
 
 class _Step:

@@ -12,11 +12,11 @@ import torch
 from torch.fx import GraphModule
 
 from velora_fx.block_graphs import BlockGraphs
-from velora_fx.capture import state_of
 from velora_fx.checkpoint_calls import inlined_checkpoints
 from velora_fx.fake import as_compiled
 from velora_fx.graphs import RegionGraph
 from velora_fx.limits import CaptureError
+from velora_fx.module_state import carriers_of, state_of
 from velora_fx.region import make_call
 from velora_fx.regions import find_blocks
 
@@ -25,8 +25,8 @@ ALL_JOINED = 4
 
 @dataclass(frozen=True)
 class BlockCall:
-    """One call of a block: its name, its graph, its state by the model's names, its projections, how many tensors it
-    was given, and what `gm` returned: the outputs of `graph`, and then what it leaves in a key-value cache.
+    """One call of a block: its name, its graph, its state and carriers by the model's names, its projections, how many
+    tensors it was given, and what `gm` returned: the outputs of `graph`, and then what it leaves in a key-value cache.
 
     Both graphs are None for a call that none stands for.
     """
@@ -35,6 +35,7 @@ class BlockCall:
     graph: RegionGraph | None = None
     gm: GraphModule | None = None
     state: tuple[str, ...] = ()
+    carriers: tuple[str, ...] = ()
     projections: tuple[torch.Tensor, ...] = ()
     num_tensors: int = 0
     outputs: tuple[torch.Tensor, ...] = ()
@@ -46,7 +47,7 @@ def record(
 ) -> list[BlockCall]:
     """Runs a fake model's forward and returns the calls of its blocks, with their graphs in `graphs` or, where regions
     are installed, those of the regions."""
-    names = {id(tensor): name for name, tensor in state_of(model).items()}
+    names = {id(tensor): name for name, tensor in {**state_of(model), **carriers_of(model)}.items()}
     calls: list[BlockCall] = []
     block_graphs = BlockGraphs(graphs)
 
@@ -58,8 +59,10 @@ def record(
         outputs = block_graphs.outputs(found)
         num_results = len(found.captured.slots)
         state = tuple(names[id(tensor)] for tensor in found.call.state.values())
+        carriers = tuple(names[id(tensor)] for tensor in found.carriers.values())
         num_tensors, num_cached = len(found.call.tensors) - len(state), len(outputs) - num_results
-        calls.append(BlockCall(name, found.graph, found.gm, state, found.projections, num_tensors, outputs, num_cached))
+        returned = num_tensors, outputs, num_cached
+        calls.append(BlockCall(name, found.graph, found.gm, state, carriers, found.projections, *returned))
         return found.graph.result(outputs[:num_results])
 
     with inlined_checkpoints() as checkpoints, instead_of_blocks(model, recorded), as_compiled():

@@ -14,7 +14,7 @@ import torch
 GIB = 2**30
 PROJECTIONS = ("signs", "batch_mean")
 TARGETS = ("eager", "inductor")
-GRADIENTS = ("dense",)
+GRADIENTS = ("dense", "factored")
 OBJECTIVES = ("memory", "speed")
 
 
@@ -46,6 +46,7 @@ class Options:
         _one_of("gradients", self.gradients, GRADIENTS)
         _one_of("projection", self.projection, PROJECTIONS)
         _one_of("objective", self.objective, OBJECTIVES)
+        self._check_gradients()
         self._check_approximation()
         sizes = self.sub_token_sizes
         if sizes is not None and (
@@ -76,6 +77,22 @@ class Options:
                 raise ValueError(f"device must be 'cpu' or 'cuda', got {self.device!r}") from error
             if kind not in ("cpu", "cuda"):
                 raise ValueError(f"device must be 'cpu' or 'cuda', got {self.device!r}")
+
+    @property
+    def is_factored(self) -> bool:
+        """True where compressed weights have factored gradients."""
+        return self.gradients == "factored"
+
+    def _check_gradients(self) -> None:
+        if self.is_factored and self.projection != "signs":
+            raise ValueError(
+                "gradients='factored' is exact for projections of equal magnitudes alone: leave projection at 'signs', "
+                f"got {self.projection!r}"
+            )
+        if self.is_factored and self.exact_only:
+            raise ValueError(
+                "exact_only never compresses, and gradients are factored where that is done: leave one of them out"
+            )
 
     def _check_approximation(self) -> None:
         most: Any = self.max_approximation

@@ -133,6 +133,7 @@ def write_plan(
         approximation=approximation(analysis, actions.sizes),
         projection=options.projection,
         seed=options.seed,
+        gradients=options.gradients,
     )
     return replace(plan, notes=tuple(_notes(search, actions, plan)))
 

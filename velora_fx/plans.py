@@ -14,7 +14,7 @@ from velora_fx.report import render
 from velora_fx.snapshot import write_snapshot
 from velora_fx.timeline import Curve, Group, Measured, Peak
 
-SCHEMA = 4
+SCHEMA = 5
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ class Plan:
     notes: tuple[str, ...]
     projection: str
     seed: int
+    gradients: str = "dense"
     objective: str = "memory"
     approximation: float = 0.0
     measured: Measured | None = None
@@ -117,6 +118,11 @@ class Plan:
     def overhead_bytes(self) -> int:
         """What the device holds at the planned peak besides the tensors; `planned.overhead` has it by name."""
         return sum(self.planned.overhead.values())
+
+    @property
+    def is_factored(self) -> bool:
+        """True if the gradients of compressed weights are factored."""
+        return self.gradients == "factored"
 
     @property
     def compressed(self) -> tuple[Decision, ...]:

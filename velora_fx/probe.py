@@ -23,12 +23,16 @@ REPLACED = "its forward was replaced by a function, of which planning can make n
 
 @dataclass(frozen=True)
 class Use:
-    """One product of the model with a trainable parameter: where it is, and why it cannot be compressed (or None)."""
+    """One product of the model with a trainable parameter: where it is, and why it cannot be compressed (or None).
+
+    `input_dim` is as in `Product`.
+    """
 
     region: str
     consumer: str
     parameter: str
     reason: str | None
+    input_dim: int | None = None
 
 
 @dataclass
@@ -135,7 +139,7 @@ class _Probe:
         for product in find_products(graph.gm):
             if state[product.parameter].requires_grad:
                 reason = CHECKPOINTED if is_checkpointed(self.block) else product.reason
-                use = Use(self.name, product.consumer, product.parameter, reason)
+                use = Use(self.name, product.consumer, product.parameter, reason, product.input_dim)
                 self.findings.uses.setdefault((self.name, product.consumer), use)
 
     def fall_back(self, graph: RegionGraph) -> None:

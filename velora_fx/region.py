@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from velora_fx.arguments import flatten, without_empty_caches
-from velora_fx.capture import state_of
-from velora_fx.graphs import Call, RegionGraph, find_graph, key_of, make_graph
+from velora_fx.graphs import Call, RegionGraph, find_graph, key_of, make_graph, with_frozen
 from velora_fx.limits import autocast_depth
+from velora_fx.module_state import carriers_of, state_of
 from velora_fx.passes import run
 from velora_fx.passes.find_products import find_products
-from velora_fx.passes.swap import Choice, swap
+from velora_fx.passes.swap import Carrier, Choice, swap
 from velora_fx.stand_in import StandIn
 
 MAX_GRAPHS = 8
@@ -29,7 +29,8 @@ class Region(StandIn):
 
     In training it runs the rewritten graph that stands for the call; in `eval()`, under `no_grad`, under
     `torch.func`, with hooks on inner modules, with gradient checkpointing in the block's own forward or with a filled
-    cache it calls the original forward. A call that no
+    cache it calls the original forward. Weights with carriers get a gradient from the graph alone: their region runs it
+    in `eval()` and under gradient checkpointing too, and in the other cases raises. A call that no
     graph stands for is captured anew, up to MAX_GRAPHS graphs. `graphs` is shared by equal regions; `projections`
     are CPU tensors, a copy of which follows the inputs to their device.
     """
@@ -47,28 +48,64 @@ class Region(StandIn):
         self.choices = dict(choices)
         self.projections = dict(projections)
         self.placed = dict(projections)
+        chosen = [choice for choice in self.choices.values() if choice.carrier]
+        self.carriers = tuple(dict.fromkeys(choice.carrier.name for choice in chosen if choice.carrier))
         self.graphs = graphs
         self.warned = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        exact = not self.block.training or not torch.is_grad_enabled() or _inside_torch_func()
-        if self.removed or exact:
+        if self.removed or not torch.is_grad_enabled():
             return self.original(*args, **kwargs)
-        reason = CHECKPOINTED if is_checkpointed(self.block) else hooks_in(self.block)
+        if not self.carriers and (not self.block.training or _inside_torch_func()):
+            return self.original(*args, **kwargs)
+        reason = self.reason_for_none()
         if reason is not None:
+            self.check_needless(reason)
             self.warn(f"runs its original forward, exactly: {reason}")
             return self.original(*args, **kwargs)
         call = make_call(self.block, args, kwargs)
         graph = self.graph_for(call)
         if graph is None or graph.gm is None:
+            self.check_needless("it is called in a new way" if graph is None else graph.reason)
             return self.original(*args, **kwargs)
         depth = 0 if torch.compiler.is_compiling() else autocast_depth()
         try:
-            outputs = graph.gm(*call.tensors, *self.placed_on(call.tensors[0].device))
+            outputs = graph.gm(*self.inputs(call))
         except BaseException:
             _leave_stretches(graph.key, depth)
             raise
         return graph.result(outputs)
+
+    def reason_for_none(self) -> str | None:
+        """Why no graph can stand for a call that is made now; None if one can."""
+        if self.carriers and _inside_torch_func():
+            return "it is called inside of torch.func"
+        if not self.carriers and is_checkpointed(self.block):
+            return CHECKPOINTED
+        return hooks_in(self.block)
+
+    def check_needless(self, reason: str | None) -> None:
+        """Raises RuntimeError where the original forward would leave weights untrained: those with carriers."""
+        if self.carriers:
+            raise RuntimeError(
+                f"velora_fx: {self.name or 'the model'} has factored gradients, which its graph alone gives, and none "
+                f"can run: {reason}. Plan with example_inputs like this call, or with gradients='dense'"
+            )
+
+    def inputs(self, call: Call) -> list[torch.Tensor]:
+        """What a graph is given: the call's tensors, the live carriers, and the projections."""
+        carriers = carriers_of(self.block)
+        return [
+            *call.tensors,
+            *(carriers[name] for name in self.carriers),
+            *self.placed_on(call.tensors[0].device),
+        ]
+
+    @property
+    def directions(self) -> dict[Carrier, torch.Tensor]:
+        """The projection v [G, M] of each carrier's weight, on the CPU."""
+        choices = self.choices.values()
+        return {choice.carrier: self.projections[choice.tensor] for choice in choices if choice.carrier}
 
     def graph_for(self, call: Call) -> RegionGraph | None:
         """The graph that stands for the call; captured now if there is none yet and room for one more."""
@@ -77,7 +114,8 @@ class Region(StandIn):
         if graph is not None:
             return graph
         if torch.compiler.is_compiling():
-            _warn_while_compiling(self.name)
+            if not self.carriers:
+                _warn_while_compiling(self.name)
             return None
         if len(self.graphs) < MAX_GRAPHS:
             graph = rewritten(make_graph(call, key, self.previous), self.choices)
@@ -142,17 +180,19 @@ def rewritten(graph: RegionGraph, choices: Mapping[str, Choice]) -> RegionGraph:
     """A copy of a prepared graph with the choices put in; without `gm` if none of them applies to it."""
     if graph.captured is None or graph.gm is None:
         return graph
-    trainable = {name for name, *_, requires_grad in graph.key[3] if requires_grad}
+    carried = {choice.carrier.parameter for choice in choices.values() if choice.carrier}
+    trainable = {name for name, *_, requires_grad in graph.key[3] if requires_grad} | carried
+    key = with_frozen(graph.key, carried)
     wanted = {
         product.consumer
         for product in find_products(graph.gm)
         if product.consumer in choices and product.parameter in trainable
     }
     if not wanted:
-        return RegionGraph(graph.key, graph.attributes, None, "none of the weights that the plan compresses is trained")
+        return RegionGraph(key, graph.attributes, None, "none of the weights that the plan compresses is trained")
     gm = copy.deepcopy(graph.gm)
     run(gm, [partial(swap, choices=choices)])
-    return RegionGraph(graph.key, graph.attributes, replace(graph.captured, gm=gm))
+    return RegionGraph(key, graph.attributes, replace(graph.captured, gm=gm))
 
 
 def is_checkpointed(block: torch.nn.Module) -> bool:

@@ -46,7 +46,7 @@ class _CompiledBlock:
         found = self.block_graphs.find(self.name, self.block, self.forward, args, kwargs, (), captures=True)
         if found is None:
             return self.forward(*args, **kwargs)
-        outputs = self.inductor.run(found.gm, [*found.call.tensors, *found.projections], unobserved({}))
+        outputs = self.inductor.run(found.gm, found.inputs, unobserved({}))
         num_results = len(found.captured.slots)
         for cache in found.caches:
             self.held.setdefault(cache, []).extend(outputs[num_results:])

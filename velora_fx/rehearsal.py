@@ -13,14 +13,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from velora_fx.arguments import parameter_names
 from velora_fx.batch_watch import unwatch
+from velora_fx.carriers import remove_carriers
 from velora_fx.compiled import ObserverOf, compiled_forward, unobserved
 from velora_fx.devices import device_rates
 from velora_fx.fake import fake_copy, fake_mode
 from velora_fx.graphs import RegionGraph
 from velora_fx.inductor import Inductor
+from velora_fx.optimizers import optimizer_factory
 from velora_fx.options import Options
 from velora_fx.regional import compile_blocks
-from velora_fx.simulate import default_loss, make_tracker, optimizer_factory, simulate, simulate_forward
+from velora_fx.simulate import default_loss, make_tracker, simulate, simulate_forward
 from velora_fx.stand_in import uninstall
 from velora_fx.step_time import StepTimer
 from velora_fx.timeline import Timeline
@@ -61,6 +63,7 @@ class Rehearsal:
         for name in self.replaced:
             del fake.get_submodule(name).forward
         uninstall(fake)
+        remove_carriers(fake)
         unwatch(fake)
         return fake if self.model.training else fake.train()
 

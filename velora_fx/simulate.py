@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import traceback
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +14,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from velora_fx.arguments import named_tensors
 from velora_fx.fake import as_compiled, kernels_of
+from velora_fx.optimizers import OptimizerFactory
 from velora_fx.scopes import Scopes
 from velora_fx.step_time import StepTimer
 from velora_fx.timeline import Timeline
 from velora_fx.tracker import Tracker
 
-OptimizerFactory = Callable[[torch.nn.Module], torch.optim.Optimizer | None]
 ALLOCATOR_BLOCK_BYTES = {"cuda": 512}  # c10/core/AllocatorConfig.h: kMinBlockSize
 
 
@@ -193,60 +191,3 @@ def _leaves(output: Any) -> list[torch.Tensor]:
     if isinstance(output, (tuple, list)):
         return [leaf for value in output for leaf in _leaves(value)]
     return []
-
-
-def optimizer_factory(optimizer: Any, model: torch.nn.Module, device: torch.device) -> OptimizerFactory:
-    """Reads the `optimizer` option: "adamw", "sgd", "none", an optimizer class, or an optimizer of the model.
-
-    The optimizer of a copy of the model is made from it; an instance is copied with its parameter groups and
-    settings. Raises ValueError for anything else, or for an instance with parameters that are not the model's.
-    """
-    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = optimizer.optimizer  # accelerate's wrapper
-    if isinstance(optimizer, torch.optim.Optimizer):
-        return _copy_of(optimizer, model)
-    if isinstance(optimizer, str) and optimizer == "none":
-        return lambda copied: None
-    named: dict[str, Any] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-    make: Any = named.get(optimizer) if isinstance(optimizer, str) else optimizer
-    if not (isinstance(make, type) and issubclass(make, torch.optim.Optimizer)):
-        raise ValueError(
-            "optimizer must be 'adamw', 'sgd', 'none', a torch.optim.Optimizer class or an optimizer of the model, "
-            f"got {optimizer!r}"
-        )
-    # What PyTorch chooses by itself on a GPU; the fake weights of a plan made without one are CPU tensors.
-    takes_foreach = "foreach" in inspect.signature(make).parameters
-    options: dict[str, Any] = {"foreach": True} if device.type == "cuda" and takes_foreach else {}
-
-    def construct(copied: torch.nn.Module) -> torch.optim.Optimizer:
-        try:
-            made: torch.optim.Optimizer = make([p for p in copied.parameters() if p.requires_grad], **options)
-        except TypeError as error:
-            raise ValueError(f"the optimizer class {make.__name__} takes more arguments: pass an instance") from error
-        return made
-
-    return construct
-
-
-def _copy_of(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> OptimizerFactory:
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    unknown = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in names]
-    if unknown:
-        raise ValueError(
-            f"the optimizer holds {len(unknown)} parameters that are not the model's: "
-            "make it from model.parameters(), or pass its class"
-        )
-
-    def make(copied: torch.nn.Module) -> torch.optim.Optimizer:
-        parameters = dict(copied.named_parameters())
-        groups = [
-            {**group, "params": [parameters[names[id(p)]] for p in group["params"]]} for group in optimizer.param_groups
-        ]
-        # Made without its constructor, whose arguments are not known; a scheduler's wrapper of `step` stays behind.
-        own = {name: value for name, value in vars(optimizer).items() if name != "step" and not name.endswith("_hooks")}
-        made = type(optimizer).__new__(type(optimizer))
-        vars(made).update(own)
-        made.__setstate__({"state": defaultdict(dict), "param_groups": groups})
-        return made
-
-    return make

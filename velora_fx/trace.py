@@ -12,9 +12,10 @@ from torch.utils import _pytree
 
 from velora_fx.arguments import CONSTANTS
 from velora_fx.cache_filling import tensors_inside
-from velora_fx.capture import fakes_of, isolated, plain_graph_module, state_of
+from velora_fx.capture import fakes_of, isolated, plain_graph_module
 from velora_fx.fake import as_compiled
 from velora_fx.limits import CaptureError, refusals
+from velora_fx.module_state import carriers_of, state_of
 from velora_fx.opaque import BlockCall, replay
 from velora_fx.passes import PREPARE, run
 
@@ -58,7 +59,7 @@ def trace(
     that returns something else than tensors, constants and caches.
     """
     leaves, spec = _pytree.tree_flatten((args, kwargs))
-    state = state_of(model)
+    state = {**state_of(model), **carriers_of(model)}
     tensors = tensors_of((args, kwargs))
     result: dict[str, Any] = {}
 

@@ -1,4 +1,4 @@
-"""weight[o, g*M + m] = keep * weight[o, g*M + m] + carrier[o, g] * sign(v[g, m]), in place, for many weights at once."""
+"""weight[o, g*M + m] = keep * weight[o, g*M + m] + carrier[o, g] * sign(v[g, m]), in place, many weights at once."""
 
 from collections.abc import Sequence
 from itertools import groupby

@@ -1,0 +1,80 @@
+"""Carriers: parameters, zero between steps, that the optimizer steps in place of weights M times larger."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from velora_fx.module_state import CARRIER, carriers_of
+from velora_fx.region import Region
+
+
+def add_carriers(region: Region) -> None:
+    """Registers the carriers of a region beside their weights, and freezes the weights: autograd takes the carriers.
+
+    State dicts leave them out. ValueError where a weight's module has something else of that name.
+    """
+    for carrier, v in region.directions.items():
+        owner, _, name = carrier.name.rpartition(".")
+        module = region.block.get_submodule(owner)
+        if hasattr(module, name):
+            raise ValueError(
+                f"{type(module).__name__} {owner} has an attribute {name}, which is what the carrier of its weight "
+                "would be called: rename it, or use gradients='dense'"
+            )
+        weight = region.block.get_parameter(carrier.parameter)
+        shape = list(weight.shape)
+        shape[carrier.input_dim] = v.shape[0]
+        put_carrier(module, name, torch.nn.Parameter(weight.new_zeros(shape)))
+
+
+def put_carrier(module: torch.nn.Module, name: str, carrier: torch.nn.Parameter) -> None:
+    """Registers a carrier on the module of its weight."""
+    module.register_parameter(name, carrier)
+    weight_of(module, name).requires_grad_(False)
+    module.register_state_dict_post_hook(_leave_out)
+    module.register_load_state_dict_pre_hook(_fill_in)
+
+
+def remove_carriers(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Takes all carriers out of a model and has autograd take its weights again; returns them by dotted name."""
+    carriers = carriers_of(model)
+    for full in carriers:
+        owner, _, name = full.rpartition(".")
+        module = model.get_submodule(owner)
+        weight_of(module, name).requires_grad_(True)
+        delattr(module, name)
+        for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if getattr(hook, "hook", hook) in (_leave_out, _fill_in):
+                    del hooks[key]
+    return carriers
+
+
+def put_back(model: torch.nn.Module, carriers: Mapping[str, torch.nn.Parameter]) -> None:
+    """The inverse of `remove_carriers`."""
+    for full, carrier in carriers.items():
+        owner, _, name = full.rpartition(".")
+        put_carrier(model.get_submodule(owner), name, carrier)
+
+
+def weight_of(module: torch.nn.Module, carrier: str) -> torch.nn.Parameter:
+    """The weight in the module that a carrier in it stands for."""
+    return module.get_parameter(carrier.removesuffix(CARRIER))
+
+
+def _leave_out(module: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name in _own(module):
+        state.pop(prefix + name, None)
+
+
+def _fill_in(module: torch.nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Gives a strict load what it looks for: the carriers that are there."""
+    for name, carrier in _own(module).items():
+        state[prefix + name] = carrier
+
+
+def _own(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: carrier for name, carrier in carriers_of(module).items() if "." not in name}
