@@ -34,8 +34,8 @@ def put_carrier(module: torch.nn.Module, name: str, carrier: torch.nn.Parameter)
     """Registers a carrier on the module of its weight."""
     module.register_parameter(name, carrier)
     weight_of(module, name).requires_grad_(False)
-    module.register_state_dict_post_hook(_leave_out)
-    module.register_load_state_dict_pre_hook(_fill_in)
+    module.register_state_dict_post_hook(_leave_out)  # type: ignore[no-untyped-call]
+    module.register_load_state_dict_pre_hook(_fill_in)  # type: ignore[no-untyped-call]
 
 
 def remove_carriers(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

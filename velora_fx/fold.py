@@ -40,11 +40,16 @@ def fold_reference(weights: Sequence[Tensor], carriers: Sequence[Tensor], vs: Se
 def _blocks(weight: Tensor, carrier: Tensor, signs: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Views of a weight, its carrier and its signs that can be broadcast together, one after the other in memory."""
     if weight.stride(0) >= weight.stride(1):
-        views = weight.unflatten(1, signs.shape), carrier.unsqueeze(-1), signs.expand(weight.shape[0], *signs.shape)
+        views = (
+            weight.view(weight.shape[0], *signs.shape),
+            carrier.unsqueeze(-1),
+            signs.expand(weight.shape[0], *signs.shape),
+        )
     else:
-        views = weight.t().unflatten(0, signs.shape), carrier.t().unsqueeze(1), signs.unsqueeze(-1)
+        views = weight.t().view(*signs.shape, weight.shape[0]), carrier.t().unsqueeze(1), signs.unsqueeze(-1)
     row_bytes = weight.nbytes // max(1, views[0].shape[0])
-    yield from zip(*(view.split(max(1, _BLOCK_BYTES // max(1, row_bytes))) for view in views), strict=True)
+    size = max(1, _BLOCK_BYTES // max(1, row_bytes))
+    yield from zip(*(torch.split(view, size) for view in views), strict=True)
 
 
 _FOLD = torch.library.custom_op("velora::fold", fold_reference, mutates_args=("weights", "carriers"))

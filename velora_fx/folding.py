@@ -38,6 +38,7 @@ class Factored:
         return float(self.v.shape[1] ** -0.5)
 
 
+Held = tuple[Factored, Mapping[str, Any]]  # with the group of parameters that its carrier is in
 VARYING = ("params", "lr", "initial_lr")
 
 
@@ -58,7 +59,7 @@ class Folding:
 
     def hold(self) -> None:
         """Hangs it on the optimizers."""
-        self.stepping: dict[int, list[tuple[Factored, Mapping[str, Any]]]] = {}
+        self.stepping: dict[int, list[Held]] = {}
         before, after = _Before(weakref.ref(self)), _After(weakref.ref(self))
         before.handle = register_optimizer_step_pre_hook(before)
         after.handle = register_optimizer_step_post_hook(after)
@@ -93,7 +94,7 @@ class Folding:
     def before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Refuses what would not be exact, and scales the gradients: after the closure, where there is one."""
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        held = [(item, groups[id(item.carrier)]) for item in self.factored() if id(item.carrier) in groups]
+        held: list[Held] = [(item, groups[id(item.carrier)]) for item in self.factored() if id(item.carrier) in groups]
         self._check(optimizer, groups, held)
         self.stepping.pop(id(optimizer), None)  # of a step that failed
         inside = {id(item.carrier) for items in self.stepping.values() for item, _ in items}
@@ -101,12 +102,13 @@ class Folding:
         if not held:
             return None
         self.stepping[id(optimizer)] = held
-        closure = args[0] if args else kwargs.get("closure")
+        is_positional = len(args) > 1  # behind the optimizer itself
+        closure = args[1] if is_positional else kwargs.get("closure")
         if closure is None:
             _scale(held, inverse=False)
             return None
         scaled = partial(_scaled_after, closure, held)
-        return ((scaled, *args[1:]), kwargs) if args else (args, {**kwargs, "closure": scaled})
+        return ((args[0], scaled, *args[2:]), kwargs) if is_positional else (args, {**kwargs, "closure": scaled})
 
     def after(self, optimizer: torch.optim.Optimizer) -> None:
         """Folds what was stepped."""
@@ -131,7 +133,7 @@ class Folding:
         self,
         optimizer: torch.optim.Optimizer,
         groups: Mapping[int, Any],
-        held: Sequence[tuple[Factored, Mapping[str, Any]]],
+        held: Sequence[Held],
     ) -> None:
         for item in self.factored():
             if id(item.weight) in groups and id(item.carrier) not in groups:
@@ -190,14 +192,14 @@ class _After(_Before):
             folding.after(optimizer)
 
 
-def _scaled_after(closure: Callable[[], Any], held: Sequence[tuple[Factored, Any]]) -> Any:
+def _scaled_after(closure: Callable[[], Any], held: Sequence[Held]) -> Any:
     loss = closure()
     with torch.no_grad():
         _scale(held, inverse=False)
     return loss
 
 
-def _scale(held: Sequence[tuple[Factored, Any]], inverse: bool) -> None:
+def _scale(held: Sequence[Held], inverse: bool) -> None:
     gradients: dict[float, list[torch.Tensor]] = defaultdict(list)
     for item, _ in held:
         if item.carrier.grad is not None:

@@ -30,8 +30,8 @@ from velora_fx.timeline import Measured
 
 @dataclass
 class Installed:
-    """What `optimize` leaves on a model: its plan, its regions, its checkpointed blocks, what steps its factored weights,
-    and a pending measurement."""
+    """What `optimize` leaves on a model: its plan, its regions, its checkpointed blocks, what steps the weights with
+    factored gradients, and a pending measurement."""
 
     plan: Plan
     regions: list[Region]

@@ -23,13 +23,14 @@ def local_shard(weight: torch.Tensor, carrier: torch.Tensor, v: torch.Tensor, in
 
     Raises RuntimeError where sub-tokens are split between ranks.
     """
-    if is_traceable_wrapper_subclass(weight):
-        v = _own_rows(weight, carrier, v, input_dim)
-        weight, carrier = weight.to_local(), carrier.to_local()  # type: ignore[attr-defined]
+    shards: tuple[Any, Any] = weight, carrier
+    if is_traceable_wrapper_subclass(shards[0]):
+        v = _own_rows(*shards, v, input_dim)
+        weight, carrier = (shard.to_local() for shard in shards)
     return Shard(weight, carrier, v) if input_dim == 1 else Shard(weight.t(), carrier.t(), v)
 
 
-def _own_rows(weight: torch.Tensor, carrier: torch.Tensor, v: torch.Tensor, input_dim: int) -> torch.Tensor:
+def _own_rows(weight: Any, carrier: Any, v: torch.Tensor, input_dim: int) -> torch.Tensor:
     groups, size = v.shape
     first, count = _local_range(carrier, input_dim)
     is_aligned = _local_range(weight, input_dim) == (first * size, count * size)
