@@ -184,9 +184,6 @@ def _candidate(
     savings = tuple(saving for group in groups for saving in group)
     storages = tuple(dict.fromkeys(saving.storage for saving in savings))
     first = savings[0]
-    parameters = {
-        full_name(s.region, findings.uses[s.region, s.consumer].parameter): None for s in savings if s.consumer
-    }
     offered = set.intersection(*(set(offered_sizes(saving.shape[-1], sizes)) for saving in savings))
     return Candidate(
         first.region,
@@ -195,8 +192,14 @@ def _candidate(
         storages,
         sum(bytes_of(timeline, storage) for storage in storages),
         tuple(sorted(offered)),
-        sum(num_weights(name) for name in parameters),
+        sum(num_weights(name) for name in weights_of(savings, findings)),
     )
+
+
+def weights_of(savings: Sequence[Saving], findings: Findings) -> tuple[str, ...]:
+    """The dotted names of the weights whose gradients take what is saved, each once."""
+    uses = (findings.uses[saving.region, saving.consumer] for saving in savings if saving.consumer is not None)
+    return tuple(dict.fromkeys(full_name(use.region, use.parameter) for use in uses))
 
 
 def bytes_of(timeline: Timeline, storage: int) -> int:

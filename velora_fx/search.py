@@ -15,6 +15,7 @@ from velora_fx.moments import Span, find_moments
 from velora_fx.overhead import tensors_within, with_overhead
 from velora_fx.solver import Item, Moment, choose, highest_levels
 from velora_fx.timeline import Peak, Timeline
+from velora_fx.updates import Freed, find_freed
 
 RUNGS, COMPILED_RUNGS = 4096, 64  # a simulation of a compiled step compiles what is new in it
 # Where time and approximation are traded: halving what is kept of every weight's input counts as much as this share of
@@ -61,7 +62,7 @@ class Search:
         """What is left where every ladder is too short: projections that are not kept are still made in backward, and
         the larger the sub-tokens the less they take there."""
         most = max(len(candidate.sizes) for candidate in self.analysis.candidates) if self.compresses else 0
-        for index in range(0 if self.projections_are_kept else most):
+        for index in range(0 if self.sizes_matter else most):
             actions = self._all_at(index)
             peak = self._peak(actions)
             if peak.tensor_bytes <= tensor_budget_bytes:
@@ -111,7 +112,7 @@ class Search:
     @cached_property
     def _bottom(self) -> tuple[Actions, Peak]:
         """What the lowest rung of the ladder stands for."""
-        if self.projections_are_kept or self.recomputes or not self.compresses:
+        if self.sizes_matter or self.recomputes or not self.compresses:
             return self.tightest
         actions = self._all_at(0)
         return actions, self._peak(actions)
@@ -121,7 +122,7 @@ class Search:
         """The actions of the smallest peak among: nothing, everything compressed, everything recomputed, and both."""
         found: list[tuple[Actions, Peak]] = []
         if self.compresses and self.analysis.candidates:
-            for index in (-1,) if self.projections_are_kept else (0, -1):
+            for index in (-1,) if self.sizes_matter else (0, -1):
                 actions = self._all_at(index)
                 found.append((actions, self._peak(actions)))
         if self.blocks:
@@ -142,10 +143,15 @@ class Search:
         candidates = self.analysis.candidates
         if not self.analysis.is_compiled or not candidates:
             return True
-        at_start = [t.bytes_at_start_of("backward") for t in (self.analysis.untouched, self._smallest_sub_tokens)]
+        at_start = [t.saved_bytes for t in (self.analysis.untouched, self._smallest_sub_tokens)]
         full = sum(candidate.bytes_before for candidate in candidates)
         projections = sum(candidate.bytes_after(candidate.sizes[0]) for candidate in candidates)
         return at_start[0] - at_start[1] < full - projections // 2
+
+    @property
+    def sizes_matter(self) -> bool:
+        """False where all sub-token sizes free the same."""
+        return self.projections_are_kept or self.analysis.is_factored
 
     @cached_property
     def _smallest_sub_tokens(self) -> Timeline:
@@ -177,10 +183,13 @@ class Search:
 
     @cached_property
     def items(self) -> list[Item]:
-        """The solver's items: candidates first, then blocks, which cover the candidates in them."""
+        """The solver's items: candidates first, then blocks, which cover the candidates in them, then what factored
+        gradients free, tied to candidates."""
         names = {block.name: len(self.candidates) + number for number, block in enumerate(self.blocks)}
-        return [self._candidate_item(c, names.get(c.region)) for c in self.candidates] + [
-            self._block_item(block) for block in self.blocks
+        return [
+            *(self._candidate_item(c, names.get(c.region)) for c in self.candidates),
+            *(self._block_item(block) for block in self.blocks),
+            *(freed.item for freed in self._freed),
         ]
 
     @cached_property
@@ -195,24 +204,28 @@ class Search:
             for storage in candidate.storages
         ]
         spans += [(b.first, b.end, len(self.candidates) + number) for number, b in enumerate(self.blocks)]
+        spans += [
+            (freed.first, freed.end, len(self.candidates) + len(self.blocks) + number)
+            for number, freed in enumerate(self._freed)
+        ]
         return find_moments(timeline, spans)
 
     def actions(self, levels: Sequence[int]) -> Actions:
         """What a choice of levels stands for."""
         chosen = list(levels)
         sizes = {c.key: c.sizes[level - 1] for c, level in zip(self.candidates, chosen, strict=False) if level}
-        for_blocks = zip(self.blocks, chosen[len(self.candidates) :], strict=True)
+        for_blocks = zip(self.blocks, chosen[len(self.candidates) :], strict=False)
         return Actions(sizes, {block.name: self._gains[level - 1].level for block, level in for_blocks if level})
 
     def _candidate_item(self, candidate: Candidate, covered_by: int | None) -> Item:
         """Savings for each storage of the candidate; the cost of a size M is numel(W) * log2(M)."""
         shapes = tuple(saving.shape for saving in candidate.savings)
-        calls = len(candidate.storages)
+        calls = max(1, len(candidate.storages))
         price = 1.0
         if self.recomputes:
             all_weights = sum(c.num_weights for c in self.candidates)
             price = HALVING_PRICE * self.analysis.untouched.seconds / all_weights
-        sizes = candidate.sizes if self.projections_are_kept else candidate.sizes[:1]
+        sizes = self._sizes_of(candidate)
         kept = [candidate.bytes_after(size) if self.projections_are_kept else 0 for size in sizes]
         return Item(
             group=(self._graphs_of(candidate.region), candidate.tensor, shapes),
@@ -220,6 +233,14 @@ class Search:
             costs=tuple(price * candidate.num_weights * math.log2(size) for size in sizes),
             covered_by=covered_by,
         )
+
+    def _sizes_of(self, candidate: Candidate) -> tuple[int, ...]:
+        return candidate.sizes if self.sizes_matter else candidate.sizes[:1]
+
+    @cached_property
+    def _freed(self) -> tuple[Freed, ...]:
+        sizes = [self._sizes_of(candidate) for candidate in self.candidates]
+        return find_freed(self.analysis.findings, self.candidates, sizes) if self.analysis.is_factored else ()
 
     def _block_item(self, block: Block) -> Item:
         """Its part of what recomputing all blocks frees and costs in time."""

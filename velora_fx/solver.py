@@ -19,12 +19,14 @@ class Item:
     Level 0 keeps it whole. Items of one `group` are alike, the one that lives longest first: a later one is never
     compressed more than an earlier one, so that plans are regular. Where the item with index `covered_by` is above
     level 0 it frees this one too: this one then stays at level 0, and counts as compressed in the order of its group.
+    An item with `tied_to` has no level and no costs of its own: its level is that of the item with this index.
     """
 
     group: Hashable
     savings: tuple[int, ...]
     costs: tuple[float, ...]
     covered_by: int | None = None
+    tied_to: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,14 @@ def choose(items: Sequence[Item], moments: Sequence[Moment], budget_bytes: int) 
     binding = [moment for moment in _undominated(moments) if moment.peak_bytes > budget_bytes]
     if not binding:
         return (0,) * len(items)
-    starts = np.cumsum([0, *(len(item.savings) for item in items)])
+    starts = np.cumsum([0, *(len(item.costs) for item in items)])
     rows = [_saving_row(items, moment, starts) for moment in binding]
     constraints = _constraints(items, binding, rows, starts, budget_bytes)
     for _ in range(MAX_SOLUTIONS):
         chosen = _solve(items, constraints)
         if chosen is None:
             break
-        levels = [int(chosen[starts[i] : starts[i + 1]].sum()) for i in range(len(items))]
+        levels = _with_tied(items, [int(chosen[starts[i] : starts[i + 1]].sum()) for i in range(len(items))])
         over = [row for row, moment in zip(rows, binding, strict=True) if moment.bytes_at(items, levels) > budget_bytes]
         if not over:
             return _trimmed(items, binding, budget_bytes, levels)
@@ -79,12 +81,17 @@ def highest_levels(items: Sequence[Item]) -> list[int]:
     for item in items:
         if item.covered_by is not None:
             covered[item.covered_by] += item.savings[-1]
-    kept = {index for index, item in enumerate(items) if covered[index] > item.savings[-1]}
+    own = [index for index, item in enumerate(items) if item.tied_to is None]
+    kept = {index for index in own if covered[index] > items[index].savings[-1]}
     levels = []
     for index, item in enumerate(items):
         is_covered = item.covered_by is not None and item.covered_by not in kept
         levels.append(0 if index in kept or is_covered else len(item.savings))
-    return levels
+    return _with_tied(items, levels)
+
+
+def _with_tied(items: Sequence[Item], levels: list[int]) -> list[int]:
+    return [levels[index if item.tied_to is None else item.tied_to] for index, item in enumerate(items)]
 
 
 def _constraints(
@@ -130,30 +137,34 @@ def _trimmed(items: Sequence[Item], moments: Sequence[Moment], budget_bytes: int
     What covers others stays above level 0.
     """
     covers = {item.covered_by for item in items}
+    tied: dict[int, list[int]] = {}
+    for index, item in enumerate(items):
+        tied.setdefault(index if item.tied_to is None else item.tied_to, []).append(index)
     counts = [dict(moment.alive) for moment in moments]
     slack = [budget_bytes - moment.bytes_at(items, levels) for moment in moments]
     following: dict[Hashable, int] = {}
-    for index in reversed(range(len(items))):
+    for index in reversed(list(tied)):
         item = items[index]
         floor = max(following.get(item.group, 0), min(1, levels[index]) if index in covers else 0)
         while levels[index] > floor:
             lower = levels[index] - 1
-            growth = item.savings[lower] - (item.savings[lower - 1] if lower else 0)
-            extra = [count.get(index, 0) * growth for count in counts]
+            growth = {i: items[i].savings[lower] - (items[i].savings[lower - 1] if lower else 0) for i in tied[index]}
+            extra = [sum(count.get(i, 0) * more for i, more in growth.items()) for count in counts]
             if any(more > free for more, free in zip(extra, slack, strict=True)):
                 break
             slack = [free - more for more, free in zip(extra, slack, strict=True)]
             levels[index] = lower
         following[item.group] = levels[index]
-    return tuple(levels)
+    return tuple(_with_tied(items, levels))
 
 
 def _saving_row(items: Sequence[Item], moment: Moment, starts: np.ndarray) -> list[tuple[int, int]]:
     row = []
     for index, count in moment.alive:
-        previous = 0
+        previous, tied_to = 0, items[index].tied_to
+        first = int(starts[index if tied_to is None else tied_to])
         for level, saving in enumerate(items[index].savings):
-            row.append((int(starts[index]) + level, count * (saving - previous)))
+            row.append((first + level, count * (saving - previous)))
             previous = saving
     return row
 

@@ -184,6 +184,12 @@ class Timeline:
         start = next(start for start, name in self.marks if name == moment)
         return int(self.live_bytes[start - 1])
 
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of the step's own tensors in use when backward begins."""
+        start = next(start for start, name in self.marks if name == "backward")
+        return sum(size for s, size in self.live(start - 1).items() if self.category(s) in ("activations", "temporary"))
+
     @cached_property
     def curve(self) -> Curve:
         """The step, from its first moment on, at the highest event in each of POINTS stretches of events."""
