@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from velora_fx.analysis import Actions, Analysis
-from velora_fx.candidates import Candidate
+from velora_fx.candidates import Candidate, weights_of
 from velora_fx.devices import device_rates
 from velora_fx.exact import ExactRivals
+from velora_fx.module_state import CARRIER
 from velora_fx.options import Options
 from velora_fx.plans import BudgetError, Decision, Exact, Plan, Recomputed
 from velora_fx.projection import without_wrappers
@@ -17,6 +18,7 @@ from velora_fx.search import Search
 from velora_fx.speed import approximation, faster
 from velora_fx.timeline import Peak
 from velora_fx.units import in_units
+from velora_fx.updates import updates_of
 
 SAME = 0.01  # peaks that differ by less need no word
 
@@ -123,7 +125,10 @@ def write_plan(
         budget_bytes=budget_bytes,
         baseline=analysis.baseline,
         planned=planned,
-        decisions=tuple(_decision(c, actions.sizes.get(c.key), keeps) for c in decided),
+        decisions=tuple(
+            _decision(c, actions.sizes.get(c.key), keeps, num_bytes)
+            for c, num_bytes in zip(decided, _update_bytes(decided, analysis, planned), strict=True)
+        ),
         recomputed=tuple(Recomputed(name, recompute) for name, recompute in actions.recomputed.items()),
         exact=exact,
         rates=device_rates(analysis.device).name,
@@ -145,7 +150,20 @@ def optimizer_name(optimizer: object) -> str:
     return optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
 
 
-def _decision(candidate: Candidate, size: int | None, keeps_projections: bool) -> Decision:
+def _update_bytes(candidates: Sequence[Candidate], analysis: Analysis, planned: Peak) -> list[tuple[int, int]]:
+    """What gradients and optimizer state of each candidate's weights take, untouched and planned."""
+    before, after = updates_of(analysis.untouched), updates_of(planned.timeline or analysis.untouched)
+    found = []
+    for candidate in candidates:
+        names = weights_of(candidate.savings, analysis.findings)
+        carried = [name + CARRIER if name + CARRIER in after else name for name in names]
+        found.append((sum(before[n].num_bytes for n in names), sum(after[n].num_bytes for n in carried)))
+    return found
+
+
+def _decision(
+    candidate: Candidate, size: int | None, keeps_projections: bool, update_bytes: tuple[int, int]
+) -> Decision:
     first = candidate.savings[0]
     projection_bytes = candidate.bytes_after(size) if size is not None and keeps_projections else 0
     return Decision(
@@ -158,6 +176,8 @@ def _decision(candidate: Candidate, size: int | None, keeps_projections: bool) -
         sub_token_size=size,
         bytes_before=candidate.bytes_before,
         bytes_after=candidate.bytes_before if size is None else projection_bytes,
+        update_bytes_before=update_bytes[0],
+        update_bytes_after=update_bytes[1],
     )
 
 
@@ -165,9 +185,10 @@ def _notes(search: Search, actions: Actions, plan: Plan) -> list[str]:
     analysis = search.analysis
     notes = [*analysis.notes, *_regional_note(analysis, actions, plan)]
     if plan.planned.moment == "optimizer step":
+        others = "" if plan.is_factored else "gradients='factored', "
         notes.append(
             "the peak is the optimizer step: what is kept for backward is gone by then, so compressing activations "
-            "does not lower it; a smaller optimizer state would (optimizer='sgd', an 8-bit optimizer)"
+            f"does not lower it; a smaller optimizer state would ({others}optimizer='sgd', an 8-bit optimizer)"
         )
     if plan.recomputed and analysis.is_compiled:
         notes.append(
@@ -212,8 +233,10 @@ def _unreachable(plan: Plan) -> str:
     assert plan.budget_bytes is not None
     held = {**plan.planned.breakdown, **plan.planned.overhead}
     parts = ", ".join(f"{name} {in_units(size)}" for name, size in held.items() if size)
+    others = "" if plan.is_factored else "gradients='factored', "
     return (
         f"no plan fits {in_units(plan.budget_bytes)}: the smallest peak that can be reached is "
         f"{in_units(plan.planned.peak_bytes)} ({parts}, at the {plan.planned.moment}). "
-        f"Try a larger budget, a smaller batch or sequence, gradient checkpointing, or an optimizer with less state"
+        f"Try a larger budget, a smaller batch or sequence, gradient checkpointing, {others}or an optimizer with less "
+        "state"
     )

@@ -22,7 +22,8 @@ class Decision:
     """What becomes of one saved tensor that only weight gradients need.
 
     `consumers` are the dotted names of the linears that save it; `bytes_before` and `bytes_after` what is held for
-    backward without and with this decision.
+    backward without and with this decision; `update_bytes_before` and `update_bytes_after` what the gradients and the
+    optimizer state of their weights take.
     """
 
     region: str
@@ -34,6 +35,8 @@ class Decision:
     sub_token_size: int | None
     bytes_before: int
     bytes_after: int
+    update_bytes_before: int = 0
+    update_bytes_after: int = 0
 
 
 @dataclass(frozen=True)

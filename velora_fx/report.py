@@ -65,7 +65,10 @@ def _header(plan: Plan) -> str:
         )
     if plan.compressed:
         count = len({name.partition("#")[0] for decision in plan.compressed for name in decision.consumers})
-        lines.append(("approximate", f"gradients of {count} weights (projection {plan.projection}, seed {plan.seed})"))
+        text = f"gradients of {count} weights (projection {plan.projection}, seed {plan.seed})"
+        if plan.is_factored:
+            text += ", factored: they, the optimizer's state and all-reduce are M times smaller"
+        lines.append(("approximate", text))
     if plan.objective == "speed":
         lines.append(
             ("objective", f"speed: approximation {plan.approximation:.2f}, the mean log2 of M over all weights")
@@ -131,15 +134,16 @@ def _largest(plan: Plan) -> str:
 
 def _decisions(plan: Plan) -> str:
     """One line for each group of equal decisions; layers that are treated differently get lines of their own."""
-    rows = []
+    headers = ["where", "input of", "shape", "dtype", "action", "saved before", "after"]
+    headers += ["gradient, state before", "after"] if plan.is_factored else []
+    rows: list[tuple[str, ...]] = []
     for text, count in collapse("\t".join(_cells(decision)) for decision in plan.decisions):
-        where, *cells, before, after = text.split("\t")
-        where = where if count == 1 else f"{where} x{count}"
-        rows.append((where, *cells, in_units(int(before) * count), in_units(int(after) * count)))
-    tensors = [(LAYERS.sub("", where), *same) for where, *same, _, _, _ in rows]
+        cells, sizes = text.split("\t")[:-4], text.split("\t")[-4:]
+        cells[0] = cells[0] if count == 1 else f"{cells[0]} x{count}"
+        rows.append((*cells, *(in_units(int(size) * count) for size in sizes[: len(headers) - len(cells)])))
+    tensors = [(LAYERS.sub("", where), *same[:3]) for where, *same in rows]
     rows = [row for tensor in dict.fromkeys(tensors) for row, own in zip(rows, tensors, strict=True) if own == tensor]
-    headers = ("where", "input of", "shape", "dtype", "action", "saved before", "after")
-    align = ("left",) * 5 + ("right",) * 2
+    align = ("left",) * 5 + ("right",) * (len(headers) - 5)
     return tabulate(rows, headers, colalign=align, disable_numparse=True) if rows else ""
 
 
@@ -147,7 +151,10 @@ def _cells(decision: Decision) -> tuple[str, ...]:
     where, consumers = _place(decision.region, decision.consumers)
     shape = " x ".join(map(str, decision.shape))
     action = "keep" if decision.sub_token_size is None else f"compress M={decision.sub_token_size}"
-    return where, consumers, shape, decision.dtype, action, str(decision.bytes_before), str(decision.bytes_after)
+    sizes = (
+        decision.bytes_before, decision.bytes_after, decision.update_bytes_before, decision.update_bytes_after,
+    )  # fmt: skip
+    return where, consumers, shape, decision.dtype, action, *map(str, sizes)
 
 
 def _place(region: str, consumers: Sequence[str]) -> tuple[str, str]:
