@@ -58,7 +58,14 @@ def optimize(
         plan: a plan to apply instead of a budget, as `plan` or `BudgetError.plan` gives it.
         optimizer: "adamw", "sgd", "none", an optimizer class, or an optimizer made from the model's parameters.
         target: how the step will run: "eager", or "inductor" for `torch.compile(model)`.
-        gradients: "dense", the ordinary `.grad` of each weight.
+        gradients: "dense", the ordinary `.grad` of each weight; or "factored": a compressed weight is frozen, and a
+            parameter M times smaller beside it, `<weight name>_carrier`, has its gradient dYᵀz, optimizer state and
+            share of the all-reduce. After each step the weight takes what the optimizer has made of it: exactly the
+            dense step. Call `optimize` with example_inputs before the optimizer, DDP or FSDP are made. Exact for
+            elementwise optimizers without coupled weight decay (others raise RuntimeError at their first step, before
+            they change anything), for accumulation, `GradScaler` and `clip_grad_norm_` in the 2-norm, not for
+            `clip_grad_value_`. A use of a compressed weight outside of its own product, such as a penalty in the loss,
+            has no gradient.
         projection: "signs", random signs from `seed`, the same on every rank and in every run; "batch_mean", the
             paper's mean sub-token of the example inputs or of the first training batch, kept in `state_dict`.
         sub_token_sizes: the sizes M to choose from; by default divisors of each width between 2 and 128.
@@ -92,16 +99,7 @@ def optimize(
         objective=objective, max_approximation=max_approximation,
         measure=measure,
     )  # fmt: skip
-    request = _request(model, options, budget_gb, plan)
-    if example_inputs is None and (options.is_factored or (plan is not None and plan.is_factored)):
-        raise ValueError(
-            "gradients='factored' needs example_inputs: the optimizer and DDP must find the carriers of the weights, "
-            "and are made before the first forward"
-        )
-    if example_inputs is None:
-        wait(model, request)
-    else:
-        apply(model, request, *_checked_call(model, example_inputs))
+    _apply_or_wait(model, _request(model, options, budget_gb, plan), example_inputs)
     return model
 
 
@@ -172,12 +170,13 @@ def state_dict(model: torch.nn.Module) -> dict[str, Any]:
     return {"plan": installed.plan.to_dict(), "projections": projections}
 
 
-def load_state_dict(model: Model, state: Mapping[str, Any]) -> Model:
+def load_state_dict(model: Model, state: Mapping[str, Any], example_inputs: Any = None) -> Model:
     """Puts a state from `state_dict` into a model and returns it.
 
     An optimised model with the same decisions takes over the projections at once; any other model is prepared to
-    apply the saved plan at its first training forward. Raises ValueError for a state that does not fit: where that
-    shows at the first forward, the model is then as it was before.
+    apply the saved plan at its first training forward or, with example_inputs as `optimize` takes them, at once. A plan
+    with factored gradients needs them: the optimizer has to find the carriers. Raises ValueError for a state that does
+    not fit: where that shows at the first forward, the model is then as it was before.
     """
     if set(state) != {"plan", "projections"}:
         raise ValueError(f"a state of velora_fx.state_dict has the keys plan and projections, got {sorted(state)}")
@@ -188,12 +187,25 @@ def load_state_dict(model: Model, state: Mapping[str, Any]) -> Model:
         return model
     options = Options(projection=saved.projection, seed=saved.seed, target=saved.target)
     _check_model(model)
-    wait(model, Request(options, planning_device(model, options), None, saved, dict(state["projections"])))
+    request = Request(options, planning_device(model, options), None, saved, dict(state["projections"]))
+    _apply_or_wait(model, request, example_inputs)
     return model
 
 
+def _apply_or_wait(model: torch.nn.Module, request: Request, example_inputs: Any) -> None:
+    if example_inputs is not None:
+        apply(model, request, *_checked_call(model, example_inputs))
+    elif request.options.is_factored or (request.plan is not None and request.plan.is_factored):
+        raise ValueError(
+            "factored gradients need example_inputs: the optimizer, DDP and FSDP must find the carriers of the weights "
+            "and are made before the first forward"
+        )
+    else:
+        wait(model, request)
+
+
 def _what_is_installed(plan: Plan) -> tuple[Any, ...]:
-    return plan.decisions, plan.recomputed, plan.projection, plan.seed
+    return plan.decisions, plan.recomputed, plan.projection, plan.seed, plan.gradients
 
 
 def _request(model: torch.nn.Module, options: Options, budget_gb: float | str | None, plan: Plan | None) -> Request:
@@ -204,6 +216,8 @@ def _request(model: torch.nn.Module, options: Options, budget_gb: float | str | 
         raise ValueError(f"optimize takes either budget_gb or plan, got {got}")
     if plan is not None and not isinstance(plan, Plan):
         raise ValueError(f"plan must be a velora_fx.Plan, got {type(plan).__name__}")
+    if plan is not None and options.is_factored and not plan.is_factored:
+        raise ValueError("the plan is for dense gradients: make it with gradients='factored', or leave that out here")
     if plan is not None and plan.compressed and options.exact_only:
         raise ValueError("exact_only never compresses, and the plan does: leave one of them out")
     device = planning_device(model, options)

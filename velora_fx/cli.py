@@ -20,57 +20,15 @@ import torch
 import velora_fx
 from velora_fx import presets
 from velora_fx.arguments import example_call
+from velora_fx.cli_help import DESCRIPTION, EPILOG
 from velora_fx.options import GRADIENTS, OBJECTIVES, PROJECTIONS, TARGETS, Options, budget_bytes_of
 from velora_fx.plans import BudgetError, Plan
 from velora_fx.plotting import figure_class, plot_sweep
 from velora_fx.sweep import render_sweep, sweep
+from velora_fx.units import in_units
 
 FITS, DOES_NOT_FIT, BAD_INPUT, FAILED = 0, 1, 2, 3
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-DESCRIPTION = """\
-Predict the peak memory of one training step, and plan which activations to compress so that it fits a budget.
-
-Nothing is trained or downloaded besides a config: the model is made without its weights, so a laptop can plan for a
-large GPU. The plan is the one that velora_fx.optimize would make for the same model, inputs and options."""
-
-EPILOG = f"""\
-models:
-  a preset            {", ".join(presets.PRESETS)}
-  a config            config.json, a folder that holds one, or a hub id (owner/name)
-  your own            package.module:factory; factory() runs under torch.device("meta") and returns a model, or
-                      (model, example_inputs) as velora_fx.plan takes them; import it from the current folder
-
-examples:
-  What does a step of Llama 7B need, and how far can compression take it?
-    velora-plan --model llama-7b --batch-size 4 --seq-len 2048 --optimizer sgd
-
-  The same step within 56 GiB: what has to be compressed?
-    velora-plan --model llama-7b --batch-size 4 --seq-len 2048 --optimizer sgd --budget-gb 56
-
-  For scripts: one JSON object on stdout, and the answer as the exit code.
-    velora-plan --model gpt2-xl --batch-size 8 --budget-gb 44 --json > plan.json
-
-  A picture of the step, untouched and planned.
-    velora-plan --model llama-7b --batch-size 4 --seq-len 2048 --optimizer sgd --budget-gb 56 --plot plan.svg
-
-  The same step, allocation by allocation: open the file on https://pytorch.org/memory_viz.
-    velora-plan --model llama-7b --batch-size 4 --seq-len 2048 --optimizer sgd --budget-gb 56 --snapshot plan.pickle
-
-  Which card? A row for each size, and the trade-off as a picture.
-    velora-plan --model llama-7b --batch-size 4 --seq-len 2048 --optimizer sgd --sweep 40,48,56,64,80 --plot sweep.svg
-
-  What would gradient checkpointing alone have to recompute?
-    velora-plan --model llama-7b --batch-size 4 --seq-len 2048 --optimizer sgd --budget-gb 40 --exact-only
-
-  How much faster with every weight's gradient from sub-tokens of 32 = 2**5?
-    velora-plan --model llama-1b --batch-size 8 --objective speed --max-approximation 5
-
-  A model of your own, in float32 on CPU.
-    velora-plan --model my_package.models:make_classifier --dtype float32 --device cpu --budget-gb 2
-
-exit codes: 0 the step fits (or no budget was given), 1 no plan fits: the tightest one is printed, 2 bad input,
-            3 an unexpected error, with its traceback"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -138,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
         help="what is planned for (default: cuda; no GPU is needed)",
     )
     add("--target", choices=TARGETS, default="eager", help="how the step will run (default: eager)")
-    add("--gradients", choices=GRADIENTS, default="dense", help="form of the weight gradients (default: dense)")
+    add("--gradients", choices=GRADIENTS, default="dense", help="factored: with optimizer state, M times smaller")
     add("--projection", choices=PROJECTIONS, default="signs", help="of the sub-tokens (default: signs)")
     add("--sub-token-sizes", metavar="M,M", help="sizes to choose from, such as 16,32 (default: 2 to 128)")
     add(
@@ -244,8 +202,22 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         with _named(arguments):
             plan = velora_fx.plan(model, budget_gb, inputs, **options)
     except BudgetError as error:
-        raise BudgetError(str(error), _noted(error.plan, arguments.model, note)) from error
+        found = _noted(error.plan, arguments.model, note)
+        raise BudgetError(f"{error}{_compiled_hint(found, model, budget_gb, inputs, options)}", found) from error
     return _noted(plan, arguments.model, note)
+
+
+def _compiled_hint(plan: Plan, model: torch.nn.Module, budget_gb: Any, inputs: Any, options: dict[str, Any]) -> str:
+    """Whether the same step fits compiled, where that can be: it changes activations and temporary tensors alone."""
+    held = {**plan.planned.breakdown, **plan.planned.overhead}
+    others = sum(size for name, size in held.items() if name not in ("activations", "temporary"))
+    if plan.target != "eager" or plan.budget_bytes is None or others > plan.budget_bytes:
+        return ""
+    try:
+        compiled = velora_fx.plan(model, budget_gb, inputs, **{**options, "target": "inductor"})
+    except ValueError:
+        return ""
+    return f". With --target inductor (torch.compile) it fits: {in_units(compiled.planned.peak_bytes)}"
 
 
 def _noted(plan: Plan, name: str, note: str) -> Plan:
