@@ -59,7 +59,12 @@ def test_fake_tensors_are_folded_without_memory():
 
 @pytest.mark.parametrize(
     ("weight", "carrier", "v", "keep"),
-    [((4, 6), (4, 3), (2, 3), ()), ((4, 6), (5, 2), (2, 3), ()), ((4, 6), (4, 2), (2, 3), (2,)), ((6,), (1,), (2, 3), ())],
+    [
+        ((4, 6), (4, 3), (2, 3), ()),
+        ((4, 6), (5, 2), (2, 3), ()),
+        ((4, 6), (4, 2), (2, 3), (2,)),
+        ((6,), (1,), (2, 3), ()),
+    ],
 )
 def test_shapes_that_do_not_fit_are_refused_with_what_is_allowed(weight, carrier, v, keep):
     with pytest.raises(ValueError, match=r"velora::fold: got .*; allowed: "):

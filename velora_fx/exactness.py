@@ -55,6 +55,9 @@ def kept_share(group: Mapping[str, Any]) -> Any:
 
 def _is_exact(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
     settings = {**group, **{name: value for name, value in PLAIN.items() if name in group}}
+    for value in vars(optimizer).values():
+        if isinstance(value, (torch.optim.Optimizer, torch.nn.Module)):  # a copy would step it
+            raise TypeError(f"it has a {type(value).__name__} of its own")
     try:
         return _agree(lambda parameter: copy_optimizer(optimizer, [{**settings, "params": [parameter]}]), settings)
     except KeyError:  # its constructor makes the state, as Adagrad's does

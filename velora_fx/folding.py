@@ -96,9 +96,6 @@ class Folding:
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         held: list[Held] = [(item, groups[id(item.carrier)]) for item in self.factored() if id(item.carrier) in groups]
         self._check(optimizer, groups, held)
-        self.stepping.pop(id(optimizer), None)  # of a step that failed
-        inside = {id(item.carrier) for items in self.stepping.values() for item, _ in items}
-        held = [(item, group) for item, group in held if id(item.carrier) not in inside]
         if not held:
             return None
         self.stepping[id(optimizer)] = held

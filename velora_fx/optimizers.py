@@ -72,7 +72,8 @@ def copy_optimizer(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]
 
     It is made without its constructor, whose arguments are not known; a scheduler's wrapper of `step` stays behind.
     """
-    own = {name: value for name, value in vars(optimizer).items() if name != "step" and not name.endswith("_hooks")}
+    left = ("step", "grad_scale", "found_inf")  # the last two are there while a GradScaler steps it
+    own = {name: value for name, value in vars(optimizer).items() if name not in left and not name.endswith("_hooks")}
     made = type(optimizer).__new__(type(optimizer))
     vars(made).update(own)
     made.__setstate__({"state": defaultdict(dict), "param_groups": groups})
