@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -103,6 +106,79 @@ def measured_under_ddp(rank: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
         assert (velora_fx.plan_of(wrapped).measured is None) == (number == 0)
+
+
+def factored_and_joined() -> tuple[nn.Module, nn.Module]:
+    """A model with factored gradients in float64, and one with dense ones of the same projections."""
+    model = without_dropout().double()
+    plan = tightest(model, (batch(0).double(),), gradients="factored")
+    made = [
+        velora_fx.optimize(copy.deepcopy(model), plan=each, example_inputs=(batch(0).double(),))
+        for each in (plan, replace(plan, gradients="dense"))
+    ]
+    return made[0], made[1]
+
+
+def assert_trained_like(model: nn.Module, reference: nn.Module, steps: Callable[[int], None]) -> None:
+    """The weights equal those of one process on both batches."""
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-2)
+    for number in range(5):
+        steps(number)
+        joined = [reference(batch(rank).double() + number) for rank in range(2)]
+        (sum(joined) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, value in model.state_dict().items():
+        own = value.full_tensor() if hasattr(value, "full_tensor") else value
+        expected = reference.state_dict()[name]
+        assert (own - expected).norm() <= 1e-9 * expected.norm(), name
+
+
+def ddp_factored(rank: int) -> None:
+    model, reference = factored_and_joined()
+    wrapped = DistributedDataParallel(model)
+    sent: list[int] = []
+
+    def counted(state, bucket):  # type: ignore[no-untyped-def]  # DDP looks at annotations
+        sent.append(bucket.buffer().nbytes)
+        return allreduce_hook(dist.group.WORLD, bucket)
+
+    wrapped.register_comm_hook(None, counted)
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-2)
+
+    def step(number: int) -> None:
+        optimizer.zero_grad()
+        wrapped(batch(rank).double() + number).backward()
+        optimizer.step()
+
+    assert_trained_like(model, reference, step)
+    sizes = {name: v.shape[1] for name, v in compressed_weights(model).items()}
+    dense = [(name, p.nbytes) for name, p in reference.named_parameters()]
+    expected = sum(num_bytes / sizes.get(name, 1) for name, num_bytes in dense)
+    assert sizes and abs(sum(sent) / 5 - expected) <= 0.02 * expected < 0.1 * sum(num_bytes for _, num_bytes in dense)
+
+
+def fsdp2_factored(rank: int) -> None:
+    model, reference = factored_and_joined()
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    def step(number: int) -> None:
+        optimizer.zero_grad()
+        model(batch(rank).double() + number).backward()
+        optimizer.step()
+
+    assert_trained_like(model, reference, step)
+
+
+def test_ddp_reduces_factored_gradients_which_are_m_times_smaller() -> None:
+    on_two_ranks(ddp_factored)
+
+
+def test_fsdp2_steps_the_shards_of_weights_with_factored_gradients() -> None:
+    on_two_ranks(fsdp2_factored)
 
 
 def test_a_step_under_ddp_is_measured_on_each_rank() -> None:

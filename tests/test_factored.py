@@ -81,7 +81,7 @@ def test_gradients_of_several_batches_add_up_as_dense_ones_do(name):
     [
         "stack",
         "gpt2",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("t5", "mixtral", "swin", "bert", "torch_encoder")),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("t5", "mixtral", "swin", "bert", "llama_lora")),
     ],
 )
 def test_all_kinds_of_models_train_as_with_dense_gradients(name):
