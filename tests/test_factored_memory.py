@@ -71,7 +71,7 @@ def test_the_peak_of_a_small_step_is_as_planned(name: str, accumulation: int) ->
     made = velora_fx.plan_of(model)
     assert made.measured is not None
     assert abs(made.planned.peak_bytes / made.measured.allocated_bytes - 1) <= 0.02
-    assert made.planned.peak_bytes < 0.8 * made.baseline.peak_bytes
+    assert made.planned.peak_bytes < 0.9 * made.baseline.peak_bytes
 
 
 def losses(model: nn.Module, order: Sequence[int]) -> list[float]:
