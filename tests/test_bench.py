@@ -81,17 +81,6 @@ def test_a_wrong_training_step_is_never_timed(tools: Any, monkeypatch: Any, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_row_makes_the_exit_code_1_and_is_written(tools: Any, monkeypatch: Any, tmp_path: Path) -> None:
-    monkeypatch.setattr(tools.bench, "complaints_of", lambda args: [])
-    monkeypatch.setattr(tools.bench, "measure_apart", lambda row: replace(row, error="OutOfMemoryError: all of it"))
-    assert tools.bench.main(["step", "--device", "cpu", "--rows", "eager,compile", "--results", str(tmp_path)]) == 1
-    rows = rows_in(tmp_path / "step.jsonl")
-    assert [(row["name"], row["error"]) for row in rows] == [
-        ("eager", "OutOfMemoryError: all of it"),
-        ("compile", "OutOfMemoryError: all of it"),
-    ]
-
-
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -112,13 +101,33 @@ def test_bad_input_is_refused_with_code_2(tools: Any, arguments: list[str], comp
     assert complaint in capsys.readouterr().err
 
 
-def test_lora_without_peft_says_what_to_install(tools: Any, monkeypatch: Any, capsys: Any) -> None:
+@pytest.mark.parametrize(
+    ("benchmark", "package"), [("lora", "peft"), ("lora", "transformers"), ("step", "transformers")]
+)
+def test_a_missing_package_says_what_to_install(
+    tools: Any, benchmark: str, package: str, monkeypatch: Any, capsys: Any
+) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    monkeypatch.setattr(tools.bench, "header_of", None)  # nothing begins
     with pytest.raises(SystemExit) as left:
-        tools.bench.main(["lora"])
+        tools.bench.main([benchmark])
     assert left.value.code == 2
-    assert "pip install" in capsys.readouterr().err
+    assert f'pip install "{package}>=' in capsys.readouterr().err
+
+
+def test_operators_are_timed_without_transformers(
+    tools: Any, small_cases: None, monkeypatch: Any, tmp_path: Path
+) -> None:
+    cases, mib = tools.bench.op_cases, tools.bench_timing.CPU_ROTATED_BYTES
+    for name in [name for name in sys.modules if name.startswith(("bench", "accuracy", "transformers.", "peft"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)  # so that importing it fails
+    bench, timing = importlib.import_module("bench"), importlib.import_module("bench_timing")
+    monkeypatch.setattr(bench, "op_cases", cases)
+    monkeypatch.setattr(timing, "CPU_ROTATED_BYTES", mib)
+    assert bench.main(["ops", "--device", "cpu", "--repeats", "2", "--results", str(tmp_path)]) == 0
+    assert rows_in(tmp_path / "ops.jsonl")[2]["rebuilt_by"] == "x̂ rebuilt (no PEFT here)"
 
 
 def test_the_help_teaches_with_examples() -> None:

@@ -37,6 +37,9 @@ from bench_train import TrainRow, measure_apart, rows_for
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 TRAINED = {"step": (STEP_WAYS, STEP_CASES, "compile"), "lora": (LORA_WAYS, LORA_CASES, "lora-compiled")}
+NEEDS: dict[str, dict[str, str]] = {
+    "ops": {}, "step": {"transformers": "5.0"}, "lora": {"transformers": "5.0", "peft": "0.20"},
+}  # fmt: skip
 STEP_REPEATS = {("cpu", True): 3, ("cpu", False): 10, ("cuda", True): 5, ("cuda", False): 30}
 QUICK_CUDA_MODELS = ("llama-130m",)
 NOT_QUICK_ROWS = ("compile-budget-0.5", "velora-compiled-v+down", "velora-compiled-all-exact")
@@ -101,8 +104,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU that PyTorch can use, and there is none: leave it out to run on CPU")
-    if args.benchmark == "lora" and importlib.util.find_spec("peft") is None:
-        parser.error('lora needs PEFT: pip install "peft>=0.20"')
+    for package, version in NEEDS[args.benchmark].items():
+        if importlib.util.find_spec(package) is None:
+            parser.error(f'{args.benchmark} needs {package}: pip install "{package}>={version}"')
     _check_names(parser, args)
     for name in ("repeats", "batch_size", "seq_len", "sub_token_size"):
         least = 2 if name == "sub_token_size" else 1
