@@ -130,6 +130,21 @@ def test_operators_are_timed_without_transformers(
     assert rows_in(tmp_path / "ops.jsonl")[2]["rebuilt_by"] == "x̂ rebuilt (no PEFT here)"
 
 
+@pytest.mark.parametrize("place", ["file", "file/folder", "taken"])
+def test_results_that_cannot_be_written_are_refused_before_measuring(
+    tools: Any, place: str, monkeypatch: Any, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.setattr(tools.bench, "header_of", None)  # nothing begins
+    (tmp_path / "file").touch()
+    (tmp_path / "taken" / "ops.jsonl").mkdir(parents=True)
+    with pytest.raises(SystemExit) as left:
+        tools.bench.main(["ops", "--results", str(tmp_path / place)])
+    assert left.value.code == 2
+    printed = capsys.readouterr()
+    assert "--results must be a folder for files of rows" in printed.err and str(tmp_path / place) in printed.err
+    assert printed.out == ""
+
+
 def test_the_help_teaches_with_examples() -> None:
     command = [sys.executable, str(TOOLS / "bench.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -30,7 +30,7 @@ from bench_lora import LORA_CASES, LORA_WAYS
 from bench_numerics import operator_complaints, training_complaints
 from bench_ops import OPERATORS, REPEATS, OpRow, measure_op, op_cases
 from bench_ops_table import op_tables
-from bench_results import Header, append_rows, header_of
+from bench_results import Header, append_rows, header_of, require_appendable
 from bench_step import STEP_CASES, STEP_WAYS, train_table
 from bench_timing import copy_bandwidth
 from bench_train import TrainRow, measure_apart, rows_for
@@ -112,6 +112,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         least = 2 if name == "sub_token_size" else 1
         if (size := getattr(args, name, None)) is not None and size < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {size}")
+    try:
+        require_appendable(args.results / f"{args.benchmark}.jsonl")
+    except OSError as error:
+        parser.error(f"--results must be a folder for files of rows: {error}")
     return args
 
 
