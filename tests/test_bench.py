@@ -145,6 +145,13 @@ def test_results_that_cannot_be_written_are_refused_before_measuring(
     assert printed.out == ""
 
 
+def test_the_help_shows_no_path_of_this_machine(tools: Any, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        tools.bench.main(["step", "--help"])
+    printed = capsys.readouterr().out
+    assert "(default: tools/results)" in printed and str(TOOLS) not in printed
+
+
 def test_the_help_teaches_with_examples() -> None:
     command = [sys.executable, str(TOOLS / "bench.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

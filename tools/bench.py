@@ -127,7 +127,7 @@ def _add_arguments(parser: argparse.ArgumentParser, benchmark: str) -> None:
     add("--rows", metavar="NAME,NAME", help="of those below (default: all)")
     add("--repeats", type=int, metavar="N", help="timed calls of each row")
     add("--results", type=Path, metavar="DIR", default=Path(__file__).resolve().parent / "results",
-        help="folder of the .jsonl files that rows are appended to (default: %(default)s)")  # fmt: skip
+        help="folder of the .jsonl files that rows are appended to (default: tools/results)")  # fmt: skip
     if benchmark != "ops":
         add("--models", metavar="NAME,NAME", help="of those below (default: all of the device)")
         add("--batch-size", type=int, metavar="N", help="texts or images of a batch (default: each model's own)")
