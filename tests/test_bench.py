@@ -81,6 +81,31 @@ def test_a_wrong_training_step_is_never_timed(tools: Any, monkeypatch: Any, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_failed_row_is_told_before_the_table_and_written(
+    tools: Any, monkeypatch: Any, tmp_path: Path, capsys: Any
+) -> None:
+    error = "OutOfMemoryError: all of it, and then some more than fits into a cell of the table"
+    monkeypatch.setattr(tools.bench, "complaints_of", lambda args: [])
+    monkeypatch.setattr(tools.bench, "measure_apart", lambda row: replace(row, error=error))
+    assert tools.bench.main(["step", "--device", "cpu", "--rows", "eager,compile", "--results", str(tmp_path)]) == 1
+    rows = rows_in(tmp_path / "step.jsonl")
+    assert [(row["name"], row["error"]) for row in rows] == [("eager", error), ("compile", error)]
+    printed = capsys.readouterr()
+    assert f"failed: llama-cpu, compile: {error}" in printed.err
+    assert printed.out.splitlines()[-1].startswith("| llama-cpu")
+
+
+def test_a_failed_operator_is_told_before_the_table(
+    tools: Any, small_cases: None, monkeypatch: Any, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.setattr(tools.bench, "complaints_of", lambda args: [])
+    monkeypatch.setattr(tools.bench, "measure_op", lambda row: replace(row, error="OutOfMemoryError: all of it"))
+    assert tools.bench.main(["ops", "--device", "cpu", "--rows", "dW", "--results", str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert "failed: dW, 64 x 64, M = 16: OutOfMemoryError" in printed.err
+    assert printed.out.splitlines()[-1].startswith("| dW")
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

@@ -175,8 +175,7 @@ def run_ops(args: argparse.Namespace, header: Header) -> int:
     cases = op_cases(args.device, args.quick)
     asked = [OpRow(operator, args.device, case, bandwidth, repeats) for operator in args.rows for case in cases]
     rows = _measured(asked, measure_op, args, header)
-    print(op_tables(rows))
-    return DONE if all(row.error is None for row in rows) else FAILED
+    return _finish(rows, op_tables(rows))
 
 
 def run_training(args: argparse.Namespace, header: Header) -> int:
@@ -194,13 +193,7 @@ def run_training(args: argparse.Namespace, header: Header) -> int:
     }
     asked = list(rows_for({name: ways[name] for name in args.rows}, sizes, common))
     rows = _measured(asked, measure_apart, args, header)
-    print(train_table(rows, over))
-    for row in rows:
-        if not row.is_ok:
-            print(
-                f"\nfailed: {row.model}, {row.name}: {row.error or f'exact gradients are off by {row.exact_error:.2g}'}"
-            )
-    return DONE if all(row.is_ok for row in rows) else FAILED
+    return _finish(rows, train_table(rows, over))
 
 
 def _measured(
@@ -212,6 +205,15 @@ def _measured(
         rows.append(measure(row))
         append_rows(args.results / f"{args.benchmark}.jsonl", header, [{**asdict(rows[-1]), **derived(rows[-1])}])
     return rows
+
+
+def _finish(rows: Sequence[OpRow | TrainRow], table: str) -> int:
+    """Tells in full why rows failed, then prints the table, whose cells are short; returns the exit code."""
+    failed = [row for row in rows if row.error is not None]
+    for row in failed:
+        print(f"bench.py: failed: {row}: {row.error}", file=sys.stderr)
+    print(table)
+    return FAILED if failed else DONE
 
 
 def derived(row: OpRow | TrainRow) -> dict[str, float | None]:

@@ -69,6 +69,9 @@ class OpRow:
     rebuilt_by: str | None = None
     error: str | None = None
 
+    def __str__(self) -> str:
+        return f"{self.operator}, {self.case.rows} x {self.case.width}, M = {self.case.sub_token_size}"
+
     @property
     def bound_seconds(self) -> float | None:
         """What dW takes at best: the product at 1/M of the dense one's time or the reading of dY and z, then a write.
