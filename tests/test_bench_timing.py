@@ -20,6 +20,39 @@ def test_inputs_are_taken_in_turn(tools: Any) -> None:
     assert taken == [0, 1, 2, 0, 1, 2]
 
 
+class Clock:
+    """Stands for torch.cuda: an event takes the number of steps so far for the milliseconds, and waits are kept."""
+
+    def __init__(self) -> None:
+        self.steps, self.waits = 0, list[int]()
+
+    def step(self) -> None:
+        self.steps += 1
+
+    def synchronize(self) -> None:
+        self.waits.append(self.steps)
+
+    def Event(self, enable_timing: bool) -> Any:
+        event = SimpleNamespace(at=0, elapsed_time=lambda later: float(later.at - event.at))
+        event.record = lambda: setattr(event, "at", self.steps)
+        return event
+
+
+def test_training_steps_on_a_gpu_run_back_to_back(tools: Any, monkeypatch: Any) -> None:
+    clock = Clock()
+    monkeypatch.setattr(tools.bench_timing.torch, "cuda", clock)
+    timing = tools.bench_timing.timed_steps(clock.step, "cuda", 3)
+    assert clock.waits == [clock.steps]
+    assert (timing.median_seconds, timing.spread_seconds, timing.repeats) == (1e-3, 0.0, 3)
+    assert clock.steps == 1 + 3 * tools.bench_timing.STEPS_OF_A_TIME
+
+
+def test_training_steps_on_a_cpu_are_timed_one_by_one(tools: Any) -> None:
+    clock = Clock()
+    assert tools.bench_timing.timed_steps(clock.step, "cpu", 3).repeats == 3
+    assert clock.steps == 3 + 1
+
+
 def test_results_of_operators_are_kept_until_they_fill_the_cache(tools: Any, monkeypatch: Any) -> None:
     """Freed at once, their memory would be written again while it is cached."""
     monkeypatch.setattr(tools.bench_timing, "CPU_ROTATED_BYTES", 2**12)

@@ -40,7 +40,7 @@ TRAINED = {"step": (STEP_WAYS, STEP_CASES, "compile"), "lora": (LORA_WAYS, LORA_
 NEEDS: dict[str, dict[str, str]] = {
     "ops": {}, "step": {"transformers": "5.0"}, "lora": {"transformers": "5.0", "peft": "0.20"},
 }  # fmt: skip
-STEP_REPEATS = {("cpu", True): 3, ("cpu", False): 10, ("cuda", True): 5, ("cuda", False): 30}
+STEP_REPEATS = {("cpu", True): 3, ("cpu", False): 10, ("cuda", True): 3, ("cuda", False): 10}
 QUICK_CUDA_MODELS = ("llama-130m",)
 NOT_QUICK_ROWS = ("compile-budget-0.5", "velora-compiled-v+down", "velora-compiled-all-exact")
 EPILOG = f"""\
@@ -125,7 +125,8 @@ def _add_arguments(parser: argparse.ArgumentParser, benchmark: str) -> None:
     add("--device", choices=("cpu", "cuda"), default=device, help="default here: %(default)s")
     add("--quick", action="store_true", help="fewer sizes and repeats: minutes")
     add("--rows", metavar="NAME,NAME", help="of those below (default: all)")
-    add("--repeats", type=int, metavar="N", help="timed calls of each row")
+    add("--repeats", type=int, metavar="N",
+        help="times taken of each row; on CUDA one of a training step is the mean of several back to back")  # fmt: skip
     add("--results", type=Path, metavar="DIR", default=Path(__file__).resolve().parent / "results",
         help="folder of the .jsonl files that rows are appended to (default: tools/results)")  # fmt: skip
     if benchmark != "ops":

@@ -20,7 +20,7 @@ from accuracy_models import batch_of
 from bench_figures import compressed_weights, free, gradient_errors, held_bytes, peak_of
 from bench_models import compressible, make_model, sub_token_sizes, tokens_of
 from bench_results import reason_of
-from bench_timing import Timing, timed
+from bench_timing import Timing, timed_steps
 from torch import Tensor, nn
 
 import velora_fx
@@ -89,7 +89,6 @@ class TrainRow:
     def dtype(self) -> torch.dtype:
         """What the model and its batch are in."""
         return torch.bfloat16 if self.device == "cuda" else torch.float32
-
 
 
 def measure_apart(row: TrainRow) -> TrainRow:
@@ -162,7 +161,7 @@ def _measure(row: TrainRow) -> TrainRow:
     return replace(
         row,
         tokens=tokens_of(batch, model),
-        step=timed([step], row.device, row.repeats, warm_up=1, hides_launches=False),
+        step=timed_steps(step, row.device, row.repeats),
         peak_bytes=peak_bytes,
         predicted_bytes=None if peak is None else peak.tensor_bytes + peak.overhead.get(WORKSPACES, 0),
         saved_bytes=saved_bytes,
