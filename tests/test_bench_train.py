@@ -72,6 +72,13 @@ def test_checkpointing_keeps_less_and_is_exact(tools: Any, small_model: None) ->
     assert row.saved_bytes < eager.saved_bytes and row.predicted_bytes is None
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["compile", "compile+checkpointing"])
+def test_compiled_rows_are_exact(tools: Any, small_model: None, name: str) -> None:
+    row = tools.bench_train.measure(train_row(tools, name, tools.bench.STEP_WAYS[name]))
+    assert row.error is None and row.exact_error <= 1e-5 and row.saved_bytes > 0
+
+
 def test_peft_velora_approximates_the_gradients_of_a_alone(tools: Any, small_model: None) -> None:
     pytest.importorskip("peft.tuners.lora.velora")
     way = tools.bench_train.Way(adapter="peft-velora", is_planned=False)
@@ -117,12 +124,13 @@ def test_a_process_that_dies_takes_only_its_own_row_with_it(tools: Any) -> None:
 def test_speed_is_told_as_a_ratio_to_the_compiled_row_of_the_same_model(tools: Any) -> None:
     way, timing = tools.bench_train.Way(), tools.bench_timing.timing_of
     rows = [
-        train_row(tools, name, way, tokens=64, step=timing([seconds] * 3))
+        train_row(tools, name, way, tokens=64, step=timing([seconds] * 3), exact_error=2e-7)
         for name, seconds in {"compile": 0.2, "velora-compiled-all": 0.1}.items()
     ]
     *_, last = tools.bench.train_table(rows, "compile").splitlines()
     cells = [cell.strip() for cell in last.strip("|").split("|")]
     assert cells[2:6] == ["velora-compiled-all", "100.0 ±0.0", "640", "2.000"]
+    assert cells[-1] == "2.0e-07"
 
 
 @pytest.mark.parametrize(("width", "size"), [(5461, 43), (2736, 36), (2048, 32), (11008, 32), (768, 32), (17, 17)])

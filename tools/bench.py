@@ -42,7 +42,9 @@ NEEDS: dict[str, dict[str, str]] = {
 }  # fmt: skip
 STEP_REPEATS = {("cpu", True): 3, ("cpu", False): 10, ("cuda", True): 3, ("cuda", False): 10}
 QUICK_CUDA_MODELS = ("llama-130m",)
-NOT_QUICK_ROWS = ("compile-budget-0.5", "velora-compiled-v+down", "velora-compiled-all-exact")
+NOT_QUICK_ROWS = (
+    "compile-budget-0.5", "compile+checkpointing", "velora-compiled-v+down", "velora-compiled-all-exact",
+)  # fmt: skip
 EPILOG = f"""\
 rows:
   ops    {", ".join(OPERATORS)}
