@@ -6,12 +6,13 @@ import importlib
 import json
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.conftest import TOOLS
 from velora_fx import ops
@@ -69,15 +70,31 @@ def test_operators_that_give_no_numbers_are_wrong(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_right_training_step_has_no_complaints(tools: Any) -> None:
-    assert tools.bench_numerics.training_complaints("cpu", torch.float32) == []
+@pytest.fixture(scope="module")
+def tiny_models(tools: Any) -> Any:
+    """What the numerics check runs, prepared once for each adapter."""
+    return cache(tools.bench_numerics.tiny_models)
 
 
-def test_a_wrong_training_step_is_never_timed(tools: Any, monkeypatch: Any, tmp_path: Path, capsys: Any) -> None:
+ADAPTERS = pytest.mark.parametrize("adapter", ["", pytest.param("lora", marks=pytest.mark.slow)])
+
+
+@ADAPTERS
+def test_right_training_steps_have_no_complaints(tools: Any, tiny_models: Any, adapter: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(tools.bench_numerics, "tiny_models", lambda *asked: deepcopy(tiny_models(*asked)))
+    assert tools.bench_numerics.training_complaints("cpu", adapter) == []
+
+
+@ADAPTERS
+def test_wrong_training_steps_are_never_timed(
+    tools: Any, tiny_models: Any, adapter: str, monkeypatch: Any, tmp_path: Path, capsys: Any
+) -> None:
     right = ops.compress_blocks  # what compress runs on CPU
+    monkeypatch.setattr(tools.bench_numerics, "tiny_models", lambda *asked: deepcopy(tiny_models(*asked)))
     monkeypatch.setattr(ops, "compress_blocks", lambda *taken: right(*taken) * 1.1)
-    assert tools.bench.main(["step", "--device", "cpu", "--results", str(tmp_path)]) == 1
-    assert "compressed gradient of model.layers.0" in capsys.readouterr().err
+    assert tools.bench.main([adapter or "step", "--device", "cpu", "--results", str(tmp_path)]) == 1
+    complaints = capsys.readouterr().err
+    assert "compressed gradient of " in complaints and f"{adapter}_A" * bool(adapter) in complaints
     assert list(tmp_path.iterdir()) == []
 
 

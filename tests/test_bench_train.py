@@ -10,23 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
-}  # fmt: skip
-
-
-@pytest.fixture
-def small_model(tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model in place of llama-cpu that takes no time."""
-    monkeypatch.setitem(tools.bench_models.MODELS, "llama-cpu", ("LlamaForCausalLM", SMALL))
-
 
 def train_row(tools: Any, name: str, way: Any, **fields: Any) -> Any:
     """A row without figures."""
-    return replace(tools.bench_train.TrainRow("llama-cpu", name, way, "cpu", 2, 32, 32, 2), **fields)
+    return replace(tools.bench_train.TrainRow("llama-tiny", name, way, "cpu", 2, 32, 32, 2), **fields)
 
 
-def test_an_untouched_row_has_exact_gradients_and_the_predicted_peak(tools: Any, small_model: None) -> None:
+def test_an_untouched_row_has_exact_gradients_and_the_predicted_peak(tools: Any) -> None:
     row = tools.bench_train.measure(train_row(tools, "eager", tools.bench_train.Way()))
     assert row.error is None
     assert (row.tokens, row.num_compressed, row.compressed_error, row.exact_error) == (64, 0, None, 0.0)
@@ -37,7 +27,7 @@ def test_an_untouched_row_has_exact_gradients_and_the_predicted_peak(tools: Any,
 @pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 1.01), (torch.bfloat16, 1.4)])
 @pytest.mark.parametrize("compresses", ["", "all"])
 def test_a_row_whose_exact_gradients_are_wrong_is_not_timed(
-    tools: Any, small_model: None, dtype: torch.dtype, factor: float, compresses: str, monkeypatch: Any
+    tools: Any, dtype: torch.dtype, factor: float, compresses: str, monkeypatch: Any
 ) -> None:
     train, right = tools.bench_train, tools.bench_train.untouched_gradients
     monkeypatch.setattr(train.TrainRow, "dtype", dtype)
@@ -64,7 +54,7 @@ def test_gradients_that_are_no_numbers_are_wrong(tools: Any, compressed: set[str
         tools.bench_train.require_right(*errors, torch.float32)
 
 
-def test_checkpointing_keeps_less_and_is_exact(tools: Any, small_model: None) -> None:
+def test_checkpointing_keeps_less_and_is_exact(tools: Any) -> None:
     way = tools.bench_train.Way
     eager = tools.bench_train.measure(train_row(tools, "eager", way(is_planned=False)))
     row = tools.bench_train.measure(train_row(tools, "checkpointing", way(checkpointed=True, is_planned=False)))
@@ -74,12 +64,12 @@ def test_checkpointing_keeps_less_and_is_exact(tools: Any, small_model: None) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["compile", "compile+checkpointing"])
-def test_compiled_rows_are_exact(tools: Any, small_model: None, name: str) -> None:
+def test_compiled_rows_are_exact(tools: Any, name: str) -> None:
     row = tools.bench_train.measure(train_row(tools, name, tools.bench.STEP_WAYS[name]))
     assert row.error is None and row.exact_error <= 1e-5 and row.saved_bytes > 0
 
 
-def test_peft_velora_approximates_the_gradients_of_a_alone(tools: Any, small_model: None) -> None:
+def test_peft_velora_approximates_the_gradients_of_a_alone(tools: Any) -> None:
     pytest.importorskip("peft.tuners.lora.velora")
     way = tools.bench_train.Way(adapter="peft-velora", is_planned=False)
     row = tools.bench_train.measure(train_row(tools, "peft-velora", way))
@@ -89,7 +79,7 @@ def test_peft_velora_approximates_the_gradients_of_a_alone(tools: Any, small_mod
 
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["", "lora"])
-def test_velora_rows_compress_and_tell_their_error(tools: Any, small_model: None, adapter: str) -> None:
+def test_velora_rows_compress_and_tell_their_error(tools: Any, adapter: str) -> None:
     way = tools.bench_train.Way(adapter=adapter, compresses="all")
     row = tools.bench_train.measure(train_row(tools, "velora-eager-all", way))
     assert row.error is None and row.num_compressed > 0
@@ -103,7 +93,7 @@ def test_a_row_that_fails_says_why_in_the_table(tools: Any) -> None:
     assert "KeyError: 'no-such-model'" in tools.bench.train_table([row], "compile")
 
 
-def test_a_velora_row_that_compresses_nothing_has_no_figures(tools: Any, small_model: None, monkeypatch: Any) -> None:
+def test_a_velora_row_that_compresses_nothing_has_no_figures(tools: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(tools.bench_train, "prepare", lambda *args: None)
     row = tools.bench_train.measure(train_row(tools, "velora-eager-all", tools.bench_train.Way(compresses="all")))
     assert row.error == "RuntimeError: nothing was compressed"

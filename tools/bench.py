@@ -161,7 +161,7 @@ def complaints_of(args: argparse.Namespace) -> list[str]:
     try:
         if args.benchmark == "ops":
             return operator_complaints(op_cases(args.device, args.quick), args.device)
-        return training_complaints(args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
+        return training_complaints(args.device, "lora" if args.benchmark == "lora" else "")
     except Exception as error:  # an operator that cannot run is as wrong as one with wrong results
         return [f"{type(error).__name__}: {error}"]
     finally:
