@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -50,6 +49,8 @@ def batch_of(model: nn.Module, batch_size: int, length: int | None) -> dict[str,
 
 def hugging_face(architecture: str, **sizes: Any) -> nn.Module:
     """A model of transformers with random weights."""
+    import transformers  # what needs no such model works without the package
+
     model_class: Any = getattr(transformers, architecture)
     made = model_class(model_class.config_class(**sizes))
     made.loss_type = made.loss_type or "ForCausalLM"  # GPT-2 names none, warns, and torch.compile refuses the warning

@@ -30,16 +30,21 @@ from bench_lora import LORA_CASES, LORA_WAYS
 from bench_numerics import operator_complaints, training_complaints
 from bench_ops import OPERATORS, REPEATS, OpRow, measure_op, op_cases
 from bench_ops_table import op_tables
-from bench_results import Header, append_rows, header_of
+from bench_results import Header, append_rows, header_of, require_appendable
 from bench_step import STEP_CASES, STEP_WAYS, train_table
 from bench_timing import copy_bandwidth
 from bench_train import TrainRow, measure_apart, rows_for
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 TRAINED = {"step": (STEP_WAYS, STEP_CASES, "compile"), "lora": (LORA_WAYS, LORA_CASES, "lora-compiled")}
-STEP_REPEATS = {("cpu", True): 3, ("cpu", False): 10, ("cuda", True): 5, ("cuda", False): 30}
+NEEDS: dict[str, dict[str, str]] = {
+    "ops": {}, "step": {"transformers": "5.0"}, "lora": {"transformers": "5.0", "peft": "0.20"},
+}  # fmt: skip
+STEP_REPEATS = {("cpu", True): 3, ("cpu", False): 10, ("cuda", True): 3, ("cuda", False): 10}
 QUICK_CUDA_MODELS = ("llama-130m",)
-NOT_QUICK_ROWS = ("compile-budget-0.5", "velora-compiled-v+down", "velora-compiled-all-exact")
+NOT_QUICK_ROWS = (
+    "compile-budget-0.5", "compile+checkpointing", "velora-compiled-v+down", "velora-compiled-all-exact",
+)  # fmt: skip
 EPILOG = f"""\
 rows:
   ops    {", ".join(OPERATORS)}
@@ -101,13 +106,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU that PyTorch can use, and there is none: leave it out to run on CPU")
-    if args.benchmark == "lora" and importlib.util.find_spec("peft") is None:
-        parser.error('lora needs PEFT: pip install "peft>=0.20"')
+    for package, version in NEEDS[args.benchmark].items():
+        if importlib.util.find_spec(package) is None:
+            parser.error(f'{args.benchmark} needs {package}: pip install "{package}>={version}"')
     _check_names(parser, args)
     for name in ("repeats", "batch_size", "seq_len", "sub_token_size"):
         least = 2 if name == "sub_token_size" else 1
         if (size := getattr(args, name, None)) is not None and size < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {size}")
+    try:
+        require_appendable(args.results / f"{args.benchmark}.jsonl")
+    except OSError as error:
+        parser.error(f"--results must be a folder for files of rows: {error}")
     return args
 
 
@@ -117,9 +127,10 @@ def _add_arguments(parser: argparse.ArgumentParser, benchmark: str) -> None:
     add("--device", choices=("cpu", "cuda"), default=device, help="default here: %(default)s")
     add("--quick", action="store_true", help="fewer sizes and repeats: minutes")
     add("--rows", metavar="NAME,NAME", help="of those below (default: all)")
-    add("--repeats", type=int, metavar="N", help="timed calls of each row")
+    add("--repeats", type=int, metavar="N",
+        help="times taken of each row; on CUDA one of a training step is the mean of several back to back")  # fmt: skip
     add("--results", type=Path, metavar="DIR", default=Path(__file__).resolve().parent / "results",
-        help="folder of the .jsonl files that rows are appended to (default: %(default)s)")  # fmt: skip
+        help="folder of the .jsonl files that rows are appended to (default: tools/results)")  # fmt: skip
     if benchmark != "ops":
         add("--models", metavar="NAME,NAME", help="of those below (default: all of the device)")
         add("--batch-size", type=int, metavar="N", help="texts or images of a batch (default: each model's own)")
@@ -150,7 +161,7 @@ def complaints_of(args: argparse.Namespace) -> list[str]:
     try:
         if args.benchmark == "ops":
             return operator_complaints(op_cases(args.device, args.quick), args.device)
-        return training_complaints(args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
+        return training_complaints(args.device, "lora" if args.benchmark == "lora" else "")
     except Exception as error:  # an operator that cannot run is as wrong as one with wrong results
         return [f"{type(error).__name__}: {error}"]
     finally:
@@ -167,8 +178,7 @@ def run_ops(args: argparse.Namespace, header: Header) -> int:
     cases = op_cases(args.device, args.quick)
     asked = [OpRow(operator, args.device, case, bandwidth, repeats) for operator in args.rows for case in cases]
     rows = _measured(asked, measure_op, args, header)
-    print(op_tables(rows))
-    return DONE if all(row.error is None for row in rows) else FAILED
+    return _finish(rows, op_tables(rows))
 
 
 def run_training(args: argparse.Namespace, header: Header) -> int:
@@ -186,13 +196,7 @@ def run_training(args: argparse.Namespace, header: Header) -> int:
     }
     asked = list(rows_for({name: ways[name] for name in args.rows}, sizes, common))
     rows = _measured(asked, measure_apart, args, header)
-    print(train_table(rows, over))
-    for row in rows:
-        if not row.is_ok:
-            print(
-                f"\nfailed: {row.model}, {row.name}: {row.error or f'exact gradients are off by {row.exact_error:.2g}'}"
-            )
-    return DONE if all(row.is_ok for row in rows) else FAILED
+    return _finish(rows, train_table(rows, over))
 
 
 def _measured(
@@ -204,6 +208,15 @@ def _measured(
         rows.append(measure(row))
         append_rows(args.results / f"{args.benchmark}.jsonl", header, [{**asdict(rows[-1]), **derived(rows[-1])}])
     return rows
+
+
+def _finish(rows: Sequence[OpRow | TrainRow], table: str) -> int:
+    """Tells in full why rows failed, then prints the table, whose cells are short; returns the exit code."""
+    failed = [row for row in rows if row.error is not None]
+    for row in failed:
+        print(f"bench.py: failed: {row}: {row.error}", file=sys.stderr)
+    print(table)
+    return FAILED if failed else DONE
 
 
 def derived(row: OpRow | TrainRow) -> dict[str, float | None]:

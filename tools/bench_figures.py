@@ -29,7 +29,7 @@ def gradient_errors(
     model: nn.Module, reference: Mapping[str, Tensor], compressed: set[str]
 ) -> tuple[float | None, float]:
     """The relative error of the compressed weights' gradients together, None without any, and the largest of others."""
-    differences, norms, largest = 0.0, 0.0, 0.0
+    differences, norms, others = 0.0, 0.0, [0.0]
     total = math.sqrt(sum(float(grad.float().norm()) ** 2 for grad in reference.values()))
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -41,8 +41,9 @@ def gradient_errors(
         if name in compressed:
             differences, norms = differences + difference**2, norms + norm**2
         else:  # a gradient that is zero in truth has no relative error
-            largest = max(largest, difference / max(norm, 1e-3 * total))
-    return math.sqrt(differences / norms) if norms else None, largest
+            others.append(difference / max(norm, 1e-3 * total))
+    largest = torch.tensor(others, dtype=torch.float64).max()  # NaN if there is one
+    return math.sqrt(differences / norms) if norms else None, float(largest)
 
 
 def peak_of(step: Callable[[], None], held: list[Tensor], device: str) -> int:

@@ -15,7 +15,11 @@ SIZES: dict[str, Any] = {
     "vocab_size": 2048, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 3,
     "num_attention_heads": 12,
 }  # fmt: skip
+TINY: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
+}  # fmt: skip
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-tiny": ("LlamaForCausalLM", TINY),
     "llama-cpu": ("LlamaForCausalLM", SIZES),
     **{name: (architecture, sizes) for name, (_, architecture, sizes) in PRESETS.items()},
 }

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from accuracy_models import batch_of, hugging_face
+from accuracy_models import batch_of
+from bench_models import make_model
 from bench_ops import OpCase, projection_of, torch_dtype
+from bench_train import TrainRow, Way, prepare
 from torch import Tensor, nn
 
-import velora_fx
 from velora_fx import ops
 from velora_fx.region import Region
 
 ROWS = 515  # no multiple of what kernels take at once
 FLOAT_BOUND = 1e-5
-TINY: dict[str, Any] = {
-    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "use_cache": False, "attn_implementation": "sdpa",
-}  # fmt: skip
-TINY_SUB_TOKEN = 16
 
 
 def operator_complaints(cases: Sequence[OpCase], device: str) -> list[str]:
@@ -61,19 +57,23 @@ def _operators(case: OpCase, device: str) -> Iterator[tuple[str, Tensor, Tensor]
     yield "dW", weight.grad, ((dy.double().t() @ z.double()).unsqueeze(-1) * v.double()).flatten(1)
 
 
-def training_complaints(device: str, dtype: torch.dtype) -> list[str]:
+def tiny_models(device: str, adapter: str) -> tuple[nn.Module, nn.Module, dict[str, Tensor]]:
+    """An untouched tiny Llama, an equal one that is compressed, and a batch."""
+    row = TrainRow("llama-tiny", "numerics", Way(adapter=adapter, compresses="all"), device, 4, 64, 16, 1)
+    dense, model = (make_model(row.model, adapter, device, row.dtype, row.sub_token_size) for _ in range(2))
+    batch = batch_of(dense, row.batch_size, row.length)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    prepare(model, torch.optim.AdamW(trained), batch, row)
+    return dense, model, batch
+
+
+def training_complaints(device: str, adapter: str) -> list[str]:
     """What is wrong with a compressed step of a tiny Llama, held against the untouched model with x̂ rebuilt in float64.
 
-    The loss and every gradient of what is not compressed must be those of the untouched model.
+    The loss and every gradient of what is not compressed must be those of the untouched model. The model has the
+    adapters and is prepared as the rows that are timed.
     """
-    torch.manual_seed(0)
-    dense = hugging_face("LlamaForCausalLM", **TINY).to(device, dtype).train()
-    model = copy.deepcopy(dense)
-    batch = batch_of(dense, 4, 64)
-    try:
-        velora_fx.optimize(model, 1e-9, batch, sub_token_sizes=(TINY_SUB_TOKEN,))  # no plan meets one byte
-    except velora_fx.BudgetError as error:
-        velora_fx.optimize(model, plan=error.plan, example_inputs=batch)
+    dense, model, batch = tiny_models(device, adapter)
     projections = projections_of(model)
     linears = {f"{name}.weight": module for name, module in dense.named_modules() if isinstance(module, nn.Linear)}
     seen: dict[str, list[Tensor]] = {}
@@ -82,8 +82,10 @@ def training_complaints(device: str, dtype: torch.dtype) -> list[str]:
         linears[name].register_full_backward_hook(_keeps(seen[name]))
         linears[name].register_forward_pre_hook(lambda _, args, kept=seen[name]: kept.append(args[0].detach()))
     losses = [one(**batch).loss for one in (dense, model)]
-    for loss in losses:
-        loss.backward()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Full backward hook")  # below frozen weights no input has a gradient
+        for loss in losses:
+            loss.backward()
     return list(_training_complaints([loss.detach() for loss in losses], dense, model, projections, seen))
 
 
@@ -110,6 +112,8 @@ def _training_complaints(
     expected = dict(dense.named_parameters())
     for name, parameter in model.named_parameters():
         truth, grad = expected[name].grad, parameter.grad
+        if not parameter.requires_grad:
+            continue
         if truth is None or grad is None:
             yield f"{name} of a tiny Llama has no gradient"
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -69,6 +68,9 @@ class OpRow:
     rebuilt: Timing | None = None
     rebuilt_by: str | None = None
     error: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.operator}, {self.case.rows} x {self.case.width}, M = {self.case.sub_token_size}"
 
     @property
     def bound_seconds(self) -> float | None:
@@ -182,12 +184,12 @@ def _weight_gradient(row: OpRow) -> OpRow:
 def _rebuild(row: OpRow, v: Tensor) -> tuple[str, Callable[..., object]]:
     """PEFT's own backward, or a stand-in by another name where PEFT's VeLoRA is missing."""
     case = row.case
-    if importlib.util.find_spec("peft") and importlib.util.find_spec("peft.tuners.lora.velora"):
+    try:
         from peft.tuners.lora.velora import VeloraFunction
-
-        weight = torch.empty(case.out, case.width, dtype=torch_dtype(case.dtype), device=row.device)
-        return "PEFT", lambda dy, z: VeloraFunction.backward(_PeftContext(case, z, weight, v[0]), dy)
-    return "x̂ rebuilt (no PEFT here)", lambda dy, z: dy.t() @ (z[..., None] * v.to(z.dtype)).flatten(-2)
+    except ImportError:  # of PEFT, an older one or transformers
+        return "x̂ rebuilt (no PEFT here)", lambda dy, z: dy.t() @ (z[..., None] * v.to(z.dtype)).flatten(-2)
+    weight = torch.empty(case.out, case.width, dtype=torch_dtype(case.dtype), device=row.device)
+    return "PEFT", lambda dy, z: VeloraFunction.backward(_PeftContext(case, z, weight, v[0]), dy)
 
 
 class _PeftContext:

@@ -62,9 +62,17 @@ def header_of(command: str, device: str) -> Header:
     )
 
 
+def require_appendable(file: Path) -> None:
+    """Raises an OSError where rows cannot be appended to a file; makes its folder and leaves the file as it was."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not file.exists()
+    file.open("a").close()
+    if is_new:
+        file.unlink()
+
+
 def append_rows(file: Path, header: Header, rows: Iterable[dict[str, Any]]) -> None:
     """Appends a line of JSON for each row, with the header's fields in it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as lines:
         lines.writelines(json.dumps({"header": asdict(header), **row}) + "\n" for row in rows)
 

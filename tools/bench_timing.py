@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import cycle, islice, pairwise
 from typing import Any, cast
 
 import torch
@@ -15,6 +15,7 @@ MIB = 2**20
 CPU_ROTATED_BYTES, L2_MULTIPLE = 64 * MIB, 4
 COPY_BYTES = {"cpu": 64 * MIB, "cuda": 1024 * MIB}
 CHUNK = 20  # calls in the queue of a GPU at once, far below the number where launching waits
+STEPS_OF_A_TIME = 4
 HEAD_START_CYCLES = 50_000_000  # about 30 ms of a GPU, in which the calls of a chunk are launched
 
 
@@ -34,15 +35,32 @@ def timing_of(seconds: Sequence[float]) -> Timing:
     return Timing(statistics.median(seconds), min(seconds), third - first, len(seconds))
 
 
-def timed(
-    calls: Sequence[Callable[[], object]], device: str, repeats: int, warm_up: int = 3, hides_launches: bool = True
-) -> Timing:
+def timed(calls: Sequence[Callable[[], object]], device: str, repeats: int, warm_up: int = 3) -> Timing:
     """Times so many calls, taken in turn, after a few that do not count.
 
-    On CUDA by events. `hides_launches` lets a GPU wait until calls are launched, so that the time is that of the
-    kernels alone; without it each call starts on an idle GPU and takes its launches with it, as a training step does.
+    On CUDA by events, and the GPU waits until calls are launched, so that the time is that of the kernels alone.
     """
-    return timed_in_turn([calls], device, repeats, warm_up, hides_launches)[0]
+    return timed_in_turn([calls], device, repeats, warm_up)[0]
+
+
+def timed_steps(step: Callable[[], object], device: str, repeats: int) -> Timing:
+    """Times a training step after one that does not count.
+
+    On CUDA each time is the mean of a few steps, and all run back to back as in training: the GPU is idle only where
+    launching is slower than it is.
+    """
+    if device == "cpu":
+        return timed([step], device, repeats, warm_up=1)
+    cuda = cast(Any, torch.cuda)  # whose events have no types
+    events = [cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    step()
+    events[0].record()
+    for event in events[1:]:
+        for _ in range(STEPS_OF_A_TIME):
+            step()
+        event.record()
+    cuda.synchronize()
+    return timing_of([first.elapsed_time(last) / 1e3 / STEPS_OF_A_TIME for first, last in pairwise(events)])
 
 
 def timed_in_turn(
@@ -50,7 +68,6 @@ def timed_in_turn(
     device: str,
     repeats: int,
     warm_up: int = 3,
-    hides_launches: bool = True,
 ) -> list[Timing]:
     """`timed` for several contenders, who take turns, so that none has the luck of its place; each starts elsewhere
     among its calls, so that none finds in the cache what another left there."""
@@ -61,17 +78,17 @@ def timed_in_turn(
     for turn in turns:
         for call in islice(turn, warm_up):
             call()
-    size = CHUNK if device == "cuda" and hides_launches else 1
+    size = CHUNK if device == "cuda" else 1
     seconds: list[list[float]] = [[] for _ in contenders]
     for start in range(0, repeats, size):
         for turn, found in zip(turns, seconds, strict=True):
-            found += _seconds_of(list(islice(turn, min(size, repeats - start))), device, hides_launches)
+            found += _seconds_of(list(islice(turn, min(size, repeats - start))), device)
     return [timing_of(found) for found in seconds]
 
 
-def _seconds_of(calls: Sequence[Callable[[], object]], device: str, hides_launches: bool) -> list[float]:
+def _seconds_of(calls: Sequence[Callable[[], object]], device: str) -> list[float]:
     if device == "cuda":
-        return _seconds_on_cuda(calls, hides_launches)
+        return _seconds_on_cuda(calls)
     return [_seconds_on_cpu(call) for call in calls]
 
 
@@ -81,11 +98,10 @@ def _seconds_on_cpu(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _seconds_on_cuda(calls: Sequence[Callable[[], object]], hides_launches: bool) -> list[float]:
+def _seconds_on_cuda(calls: Sequence[Callable[[], object]]) -> list[float]:
     pairs, cuda = [], cast(Any, torch.cuda)  # whose events have no types
     torch.cuda.synchronize()
-    if hides_launches:
-        cuda._sleep(HEAD_START_CYCLES)
+    cuda._sleep(HEAD_START_CYCLES)
     for call in calls:
         before, after = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
         before.record()
