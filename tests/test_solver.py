@@ -113,6 +113,45 @@ def covered_instances(draw: st.DrawFn) -> Instance:
     return Instance(tuple(items), tuple(moments), draw(st.integers(0, 200)))
 
 
+@st.composite
+def tied_instances(draw: st.DrawFn) -> Instance:
+    """Two items, each with one or two tied to it; what a tied one frees may be less than nothing."""
+    lengths = [draw(st.integers(1, 3)) for _ in range(2)]
+    items = [
+        Item(f"group {index}", growing(draw, length, 20), tuple(map(float, growing(draw, length, 30))))
+        for index, length in enumerate(lengths)
+    ]
+    for index, length in enumerate(lengths):
+        for _ in range(draw(st.integers(1, 2))):
+            savings = tuple(saving - draw(st.integers(0, 15)) for saving in growing(draw, length, 20))
+            items.append(Item(f"tied {index}", tuple(sorted(savings)), (), tied_to=index))
+    moments = [Moment(draw(st.integers(60, 160)), tuple((index, 1) for index in range(len(items))))]
+    for _ in range(draw(st.integers(0, 3))):
+        alive = sorted(draw(st.lists(st.integers(0, 1), unique=True))) + list(range(2, len(items)))
+        moments.append(Moment(draw(st.integers(0, 160)), tuple((index, 1) for index in alive)))
+    return Instance(tuple(items), tuple(moments), draw(st.integers(0, 160)))
+
+
+@few
+@given(tied_instances())
+def test_a_tied_item_is_at_the_level_of_its_master_and_no_choice_costs_less(instance):
+    own = [item for item in instance.items if item.tied_to is None]
+    masters = [index if item.tied_to is None else item.tied_to for index, item in enumerate(instance.items)]
+    choices = itertools.product(*(range(len(item.savings) + 1) for item in own))
+    allowed = [c for c in choices if instance.peak(tuple(c[master] for master in masters)) <= instance.budget]
+    costs = [sum(item.costs[level - 1] for item, level in zip(own, choice, strict=True) if level) for choice in allowed]
+    levels = instance.solved()
+    if levels is None:
+        # What frees less than nothing at its highest level may fit below it: then a simulation tries the ends.
+        everything = tuple(len(own[master].savings) for master in masters)
+        assert not costs or instance.peak(everything) > instance.budget
+        return
+    assert all(level == levels[master] for level, master in zip(levels, masters, strict=True))
+    assert instance.peak(levels) <= instance.budget
+    found = sum(item.costs[level - 1] for item, level in zip(own, levels, strict=False) if level)
+    assert found <= min(costs) * (1 + GAP) + 1e-9
+
+
 @few
 @given(covered_instances())
 def test_with_items_that_cover_others_no_choice_costs_less(instance):

@@ -127,8 +127,8 @@ class Region(StandIn):
         return None
 
     def warn(self, text: str) -> None:
-        """Warns, once a region."""
-        if not self.warned and not torch.compiler.is_compiling():
+        """Warns, once a region; where weights have carriers an error follows instead."""
+        if not (self.warned or self.carriers or torch.compiler.is_compiling()):
             warnings.warn(f"velora_fx: {self.name or 'the model'} {text}", stacklevel=3)
         self.warned = True
 

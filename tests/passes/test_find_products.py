@@ -57,6 +57,23 @@ def consumers(module: nn.Module, *inputs: Any) -> list[str]:
     return [product.consumer for product in products(module, *inputs)]
 
 
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda m, x: m.fc(x), 1),
+        (lambda m, x: x @ m.fc.weight, 0),
+        (lambda m, x: torch.addmm(m.fc.bias, x[0], m.fc.weight), 0),
+        (lambda m, x: x @ m.fc.weight.t(), 1),
+        (lambda m, x: F.linear(x, m.fc.weight[:4]), None),
+        (lambda m, x: m.fc(x) + m.fc.weight.sum(), None),
+        (lambda m, x: m.fc(m.fc(x)), None),
+        (lambda m, x: x @ m.fc.weight + m.fc.weight.t().sum(), None),
+    ],
+)
+def test_the_dimension_of_the_input_is_told_where_all_of_the_weight_is_used_once(function, expected):
+    assert {product.input_dim for product in products(Of(function, fc=linear()))} == {expected}
+
+
 def test_a_linear_is_named_by_its_module():
     block = nn.Sequential()
     block.add_module("mlp", nn.Sequential(linear(), nn.GELU(), linear()))

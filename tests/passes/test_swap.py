@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tests.graph_text import graph_text, operations, prepared
 from velora_fx.module_state import state_of
 from velora_fx.passes import run
-from velora_fx.passes.swap import Choice, swap
+from velora_fx.passes.swap import Carrier, Choice, swap
 
 WIDTH, SIZE = 8, 4
 
@@ -93,6 +93,19 @@ return (%5)""",
 %6: f32[s0, s1, 8] = velora.linear(%4, %down.weight, %down.bias, %5, %projection_0, None)
 return (%6)""",
     )
+
+
+def test_a_carrier_is_given_to_the_linear_and_transposed_where_its_weight_is():
+    carrier = Carrier("down.weight", 1)
+    gm = swapped(Mlp(), {"down": Choice("down.input", SIZE, carrier)})
+    assert carrier.name == "down.weight_carrier"
+    assert [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"][-2:] == [
+        "carrier_0",
+        "projection_0",
+    ]
+    assert "velora.linear(%4, %down.weight, %down.bias, %5, %projection_0, %carrier_0)" in graph_text(gm)
+    turned = graph_text(swapped(Mlp(), {"down": Choice("down.input", SIZE, Carrier("down.weight", 0))}))
+    assert "= t(%carrier_0)" in turned and "%projection_0, %carrier_0)" not in turned
 
 
 def test_linears_of_one_input_share_its_projections():
