@@ -189,3 +189,10 @@ def test_a_linear_that_is_a_region_of_its_own_is_compressed_for_speed_too():
     model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256))
     plan = velora_fx.plan(model, None, (torch.randn(512, 256),), objective="speed", max_approximation=5)
     assert {name for decision in plan.compressed for name in decision.consumers} == {"0", "2"}
+
+
+def test_wanted_sizes_are_taken_for_an_input_that_frees_nothing():
+    model, batch = nn.Linear(256, 256), (torch.randn(512, 256),)
+    plan = velora_fx.plan(model, None, batch, objective="speed", max_approximation=5, sub_token_sizes=(32,))
+    assert [decision.sub_token_size for decision in plan.compressed] == [32]
+    assert not velora_fx.plan(model, None, batch, sub_token_sizes=(32,)).compressed
