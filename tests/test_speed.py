@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -12,7 +13,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import velora_fx
-from velora_fx.speed import Kind, choose_sizes
+from velora_fx import devices
+from velora_fx.analysis import Actions, analyse
+from velora_fx.options import Options
+from velora_fx.speed import Kind, choose_sizes, saved_seconds
 
 few = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -196,3 +200,42 @@ def test_wanted_sizes_are_taken_for_an_input_that_frees_nothing():
     plan = velora_fx.plan(model, None, batch, objective="speed", max_approximation=5, sub_token_sizes=(32,))
     assert [decision.sub_token_size for decision in plan.compressed] == [32]
     assert not velora_fx.plan(model, None, batch, sub_token_sizes=(32,)).compressed
+
+
+class Readers(nn.Module):
+    """Blocks that all read one memory, as the layers of a decoder read what the encoder made."""
+
+    def __init__(self, num_blocks: int, width: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Reader(width) for _ in range(num_blocks))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        memory = torch.tanh(x)
+        for block in self.blocks:
+            x = block(x, memory)
+        return x.float().square().mean()
+
+
+class Reader(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.k, self.v = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+
+    def forward(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        return x + self.k(memory) + self.v(memory)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_time_that_a_candidate_saves_is_what_a_simulation_shows(autocast, monkeypatch):
+    gpu = next(gpu for gpu in devices.GPUS if gpu.name == "A100")
+    monkeypatch.setattr(devices, "CPU", replace(gpu, launch_seconds=0.0))
+    model, x = Readers(4, 512), torch.randn(2, 4096, 512)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        analysis = analyse(model, (x,), {}, Options(), torch.device("cpu"), lambda message: None)
+        shared = [c for c in analysis.compressible if c.consumers[0].startswith("blocks.")]
+        faster = analysis.peak(Actions({candidate.key: 32 for candidate in shared})).step_seconds
+        predicted = sum(saved_seconds(analysis, candidate, 1, 32) for candidate in shared)
+    assert {name for candidate in shared for name in candidate.consumers} == {
+        f"blocks.{block}.{linear}" for block in range(4) for linear in "kv"
+    }
+    assert predicted == pytest.approx(analysis.baseline.step_seconds - faster, rel=0.2)
