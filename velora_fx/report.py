@@ -57,6 +57,9 @@ def _header(plan: Plan) -> str:
         margin = in_units(abs(plan.budget_bytes - plan.planned.peak_bytes))
         if plan.fits:
             lines.append(("verdict", f"fits, {margin} to spare"))
+        elif plan.is_within_budget:
+            allowed = f"approximation {plan.approximation:.6g}, and max_approximation is {plan.max_approximation:g}"
+            lines.append(("verdict", f"TOO APPROXIMATE: {allowed}"))
         else:
             lines.append(("verdict", f"DOES NOT FIT: the smallest reachable peak is {after}, {margin} over the budget"))
     if plan.compressed or plan.recomputed:
@@ -84,7 +87,9 @@ def inputs_text(plan: Plan) -> str:
 
 
 def _exactly(plan: Plan, exact: Exact) -> str:
-    """What exact recompute would do at the same budget."""
+    """What can be done exactly at the same budget."""
+    if exact.means == "untouched":
+        return "the budget is also met by the step as it is"
     if not exact.fits:
         return f"not reachable by recompute alone: {in_units(exact.peak_bytes)} at the least"
     means = {

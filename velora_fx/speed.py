@@ -14,9 +14,11 @@ from scipy.optimize import LinearConstraint, milp
 from velora_fx.analysis import Actions, Analysis, Sizes
 from velora_fx.candidates import Candidate
 from velora_fx.devices import device_rates
+from velora_fx.plans import ROUNDING
 from velora_fx.timeline import Peak
 
 Key = tuple[str, str]
+SOLVER_TOLERANCE = 1e-6  # by which HiGHS may exceed a bound
 
 
 def faster(
@@ -25,15 +27,10 @@ def faster(
     """The actions with more compressed, also inputs that free nothing, where that makes the step faster.
 
     The sizes are those of most predicted time saved within `max_approximation`; nothing that is compressed gets smaller
-    sub-tokens. A simulation has the last word: what is not faster in it, or above the budget, is not done. Raises
-    ValueError where the actions themselves are above `max_approximation`.
+    sub-tokens. A simulation has the last word: what is not faster in it, or above the budget, is not done. Actions that
+    are above `max_approximation` themselves stay as they are.
     """
     already = approximation(analysis, actions.sizes)
-    if already > max_approximation:
-        raise ValueError(
-            f"the least approximation within the budget is {already:.2f}, and max_approximation is "
-            f"{max_approximation:g}: allow more, or a larger budget"
-        )
     # What shares its storage frees nothing and adds its projections: where those do not fit, do without.
     for offered in (analysis.compressible, analysis.candidates):
         outside = [candidate for candidate in offered if candidate.region not in actions.recomputed]
@@ -74,6 +71,21 @@ def choose_sizes(kinds: Sequence[Kind], max_cost: float) -> dict[Key, int]:
 
     Costs are those above what is spent already, so `max_cost` is what may still be spent.
     """
+    margin = 0.0
+    while max_cost > margin:
+        sizes = _solved(kinds, max_cost, margin)
+        if _cost(kinds, sizes) <= max_cost * (1 + ROUNDING):
+            return sizes
+        margin = 10 * margin or SOLVER_TOLERANCE * max(max_cost, *(max(kind.costs, default=0.0) for kind in kinds))
+    return {}
+
+
+def _cost(kinds: Sequence[Kind], sizes: Mapping[Key, int]) -> float:
+    return math.fsum(kind.costs[kind.sizes.index(sizes[key])] for kind in kinds for key in kind.keys if key in sizes)
+
+
+def _solved(kinds: Sequence[Kind], max_cost: float, margin: float) -> dict[Key, int]:
+    """The sizes of most seconds saved, which cost at most that less the margin as far as the solver can tell."""
     options = [(kind, level) for kind in kinds for level, seconds in enumerate(kind.seconds) if seconds > 0]
     if not options:
         return {}
@@ -82,7 +94,8 @@ def choose_sizes(kinds: Sequence[Kind], max_cost: float) -> dict[Key, int]:
     same = np.array([[float(own is kind) for own, _ in options] for kind in kinds])
     limits = np.array([float(len(kind.keys)) for kind in kinds])
     unit = max(max_cost, costs.max())
-    constraints = [LinearConstraint(same, -np.inf, limits), LinearConstraint(costs / unit, -np.inf, max_cost / unit)]
+    most = (max_cost - margin) / unit
+    constraints = [LinearConstraint(same, -np.inf, limits), LinearConstraint(costs / unit, -np.inf, most)]
     result = milp(-seconds / seconds.max(), integrality=np.ones(len(options), dtype=int), constraints=constraints)
     if result.x is None:
         return {}
