@@ -84,9 +84,7 @@ def test_a_plan_for_speed_fits_its_budget_too():
     memory = velora_fx.plan(model, budget_gb, batch)
     speed = velora_fx.plan(model, budget_gb, batch, objective="speed", max_approximation=5)
     assert speed.fits and speed.planned.step_seconds < memory.planned.step_seconds
-    message = (
-        r"within \d.* MiB the least approximation is [\d.]+, and max_approximation is 0.001: allow more"
-    )
+    message = r"within \d.* MiB the least approximation is [\d.]+, and max_approximation is 0.001: allow more"
     with pytest.raises(velora_fx.BudgetError, match=message) as caught:
         velora_fx.plan(model, budget_gb, batch, objective="speed", max_approximation=1e-3)
     plan = caught.value.plan
