@@ -70,9 +70,8 @@ def _header(plan: Plan) -> str:
         count = len({name.partition("#")[0] for decision in plan.compressed for name in decision.consumers})
         lines.append(("approximate", f"gradients of {count} weights (projection {plan.projection}, seed {plan.seed})"))
     if plan.objective == "speed":
-        lines.append(
-            ("objective", f"speed: approximation {plan.approximation:.2f}, the mean log2 of M over all weights")
-        )
+        mean = "the mean log2 of M over all weights that may be compressed"
+        lines.append(("objective", f"speed: approximation {plan.approximation:.2f}, {mean}"))
     if plan.exact is not None:
         lines.append(("exactly", _exactly(plan, plan.exact)))
     return tabulate([line for line in lines if line[1]], tablefmt="plain", disable_numparse=True)
