@@ -77,7 +77,7 @@ def test_json_is_one_object_with_the_promised_keys(llama: list[str], capsys: pyt
     out, err = capsys.readouterr()
     data = json.loads(out)
     assert err == ""
-    assert (data["schema"], data["model"], data["target"], data["fits"]) == (4, llama[1], "eager", True)
+    assert (data["schema"], data["model"], data["target"], data["fits"]) == (5, llama[1], "eager", True)
     assert data["budget_bytes"] == int(float(TIGHT) * GIB)
     for peak in (data["baseline"], data["planned"]):
         assert set(peak["breakdown"]) == set(CATEGORIES)
@@ -93,6 +93,8 @@ def test_json_is_one_object_with_the_promised_keys(llama: list[str], capsys: pyt
         "sub_token_size",
         "bytes_before",
         "bytes_after",
+        "update_bytes_before",
+        "update_bytes_after",
     }
     assert all(set(decision) == keys for decision in data["decisions"])
     assert {decision["action"] for decision in data["decisions"]} == {"keep", "compress"}
@@ -145,6 +147,41 @@ def test_the_options_reach_the_plan(llama: list[str], capsys: pytest.CaptureFixt
     assert (data["projection"], data["seed"], data["optimizer"], data["device"]) == ("batch_mean", 5, "Adagrad", "cuda")
     assert {decision["sub_token_size"] for decision in data["decisions"]} == {32}
     assert {decision["dtype"] for decision in data["decisions"]} == {"bfloat16"}
+
+
+def test_factored_gradients_shrink_state_and_show_in_the_report_and_the_json(
+    llama: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*llama, "--optimizer", "adamw", "--gradients", "factored", "--budget-gb", "0.0038"]
+    assert main([*options, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["gradients"] == "factored"
+    compressed = [decision for decision in data["decisions"] if decision["action"] == "compress"]
+    assert any("o_proj" in decision["consumers"][0] for decision in data["decisions"])
+    assert all(d["update_bytes_after"] <= d["update_bytes_before"] / d["sub_token_size"] + 40 for d in compressed)
+    assert data["planned"]["breakdown"]["optimizer"] < data["baseline"]["breakdown"]["optimizer"]
+    assert main(options) == 0
+    out = capsys.readouterr().out
+    assert "gradient, state before" in out and "factored: they, the optimizer's state and all-reduce" in out
+
+
+def test_a_step_that_fits_compiled_alone_is_said_to(
+    llama: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*llama, "--budget-gb"]
+    assert main([*options, TOO_LITTLE]) == 1
+    assert "--target inductor" not in capsys.readouterr().err  # its parameters alone do not fit
+    eager, compiled = (_tightest([*llama, "--target", target], capsys) for target in ("eager", "inductor"))
+    assert compiled < eager
+    assert main([*options, str((eager + compiled) / 2 / GIB)]) == 1
+    assert "With --target inductor (torch.compile) it fits:" in capsys.readouterr().err
+    assert main([*options, str(0.9 * compiled / GIB)]) == 1
+    assert "it fits" not in capsys.readouterr().err
+
+
+def _tightest(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> int:
+    assert main([*arguments, "--budget-gb", TOO_LITTLE, "--json"]) == 1
+    return int(json.loads(capsys.readouterr().out)["planned"]["peak_bytes"])
 
 
 def test_accumulated_gradients_are_held_through_the_whole_step(

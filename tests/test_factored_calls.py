@@ -54,10 +54,13 @@ def test_under_autocast_gradients_are_those_of_the_dense_plan() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = model(rows())
         loss.backward()
+    directions = {
+        f"{region.name}.{carrier.name}".lstrip("."): v
+        for region in regions_of(ours)
+        for carrier, v in region.directions.items()
+    }
     for name, carrier in carriers(ours).items():
-        v = next(
-            v for r in regions_of(ours) for c, v in r.directions.items() if f"{r.name}.{c.name}".lstrip(".") == name
-        )
+        v = directions[name]
         dense = reference.get_parameter(name.removesuffix("_carrier")).grad
         factored = (carrier.grad.unsqueeze(-1) * v).flatten(1)
         assert (factored - dense).norm() <= 0.01 * dense.norm()
@@ -74,9 +77,7 @@ def test_with_gradient_checkpointing_turned_on_afterwards_blocks_are_trained(use
 
 def refused(model: nn.Module, call: Callable[[], Any], reason: str) -> None:
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(
-        RuntimeError, match=f"factored gradients, which its graph alone gives, and none can run: .*{reason}"
-    ):
+    with pytest.raises(RuntimeError, match=f"factored gradients, which its graph alone gives, .*{reason}"):
         call()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

@@ -140,7 +140,7 @@ def test_planning_at_the_first_forward_copies_no_optimizer_and_no_loss() -> None
     assert velora_fx.plan_of(model).fits
 
 
-@pytest.mark.parametrize("text", ["[]", "null", "5", json.dumps({"schema": 4}), "{}"])
+@pytest.mark.parametrize("text", ["[]", "null", "5", json.dumps({"schema": 5}), "{}"])
 def test_what_is_no_plan_is_a_value_error(text: str) -> None:
     with pytest.raises(ValueError, match="plan"):
         velora_fx.Plan.from_json(text)
@@ -157,3 +157,22 @@ def test_what_is_no_plan_is_a_value_error(text: str) -> None:
 def test_a_loss_that_cannot_be_trained_on_is_a_value_error(loss_fn: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         velora_fx.plan(stack(), None, BATCH, loss_fn=loss_fn)
+
+
+def test_a_plan_with_sizes_of_its_own_is_applied_and_loaded() -> None:
+    """A prime width: none of the usual sizes divides it."""
+    x, options = torch.randn(64, 509), {"optimizer": "none", "loss_fn": Tensor.sum}
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(509, 509), nn.GELU(), nn.Linear(509, 509), nn.GELU(), nn.Linear(509, 4))
+
+    plan = tightest(build(), (x,), sub_token_sizes=(509,), **options)
+    assert {decision.sub_token_size for decision in plan.compressed} == {509}
+    model = velora_fx.optimize(build(), plan=plan, example_inputs=(x,), **options)
+    model(x).sum().backward()
+    again = velora_fx.load_state_dict(build(), velora_fx.state_dict(model))
+    again(x).sum().backward()
+    assert velora_fx.plan_of(again).compressed == plan.compressed
+    for ours, theirs in zip(again.parameters(), model.parameters(), strict=True):
+        assert ours.grad is not None and theirs.grad is not None and torch.equal(ours.grad, theirs.grad)

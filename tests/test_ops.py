@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.profiler import profile
@@ -442,12 +444,25 @@ BAD_COMPRESS = {
     "a vector where a row per group is due": lambda s: (s.x, s.v[0]),
     "a scalar": lambda s: (s.x.sum(), s.v),
     "integers": lambda s: (s.x.long(), s.v),
+    "eight bits": lambda s: (s.x.to(torch.float8_e4m3fn), s.v),
+    "another device": lambda s: (s.x, s.v.to("meta")),
 }
 BAD_LINEAR = {
     "weight": lambda s: (s.x, s.weight[:, 1:], None, s.z, s.v, None),
     "bias": lambda s: (s.x, s.weight, s.bias[:1], s.z, s.v, None),
     "z": lambda s: (s.x, s.weight, None, s.z[1:], s.v, None),
     "carrier": lambda s: (s.x, s.weight, None, s.z, s.v, s.carrier[1:]),
+    "x .* z of torch.int64": lambda s: (s.x, s.weight, None, s.z.long(), s.v, None),
+    "x .* carrier of torch.int64": lambda s: (s.x, s.weight, None, s.z, s.v, s.carrier.long()),
+    "x on cpu, weight on meta": lambda s: (s.x, s.weight.to("meta"), None, s.z, s.v, None),
+    "x on cpu, .* z on meta": lambda s: (s.x, s.weight, None, s.z.to("meta"), s.v, None),
+    "x on cpu, .* carrier on meta": lambda s: (s.x, s.weight, None, s.z, s.v, s.carrier.to("meta")),
+}
+BAD_EXPAND = {
+    r"factor \[3, 4\] and v \[5, 2\]": lambda: (torch.randn(3, 4), torch.randn(5, 2)),
+    r"factor of torch.int64, v of": lambda: (torch.ones(3, 4).long(), torch.randn(4, 2)),
+    r"factor of .*, v of torch.int64": lambda: (torch.randn(3, 4), torch.ones(4, 2).long()),
+    r"factor on cpu, v on meta": lambda: (torch.randn(3, 4), torch.randn(4, 2, device="meta")),
 }
 
 
@@ -466,12 +481,16 @@ def test_linear_refuses_a_bad(case, fake):
     s = sample()
     s.z = compress(s.x, s.v)
     context = FakeTensorMode(allow_non_fake_inputs=True) if fake else torch.no_grad()
-    with context, pytest.raises(ValueError, match=f"velora::linear: got {case} .*; allowed: "):
+    with context, pytest.raises(ValueError, match=f"velora::linear: got {case}.*; allowed: "):
         linear(*BAD_LINEAR[case](s))
 
 
 def test_importing_the_operators_leaves_inductor_unimported():
-    check = f"import runpy, sys; runpy.run_path({ops.__file__!r}); sys.exit('torch._inductor' in sys.modules)"
+    check = (
+        "import sys, types; package = sys.modules['velora_fx'] = types.ModuleType('velora_fx'); "
+        f"package.__path__ = [{str(Path(ops.__file__).parent)!r}]; import velora_fx.ops; "
+        "sys.exit('torch._inductor' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 
@@ -509,8 +528,47 @@ def test_opcheck_accepts_expand():
     torch.library.opcheck(torch.ops.velora.expand.default, (torch.randn(9, 6), torch.randn(6, 8), True))
 
 
-def test_expand_refuses_shapes_that_do_not_fit():
-    with pytest.raises(
-        ValueError, match=r"velora::expand: got factor \[3, 4\] and v \[5, 2\]; allowed: factor \[O, G\]"
-    ):
-        expand(torch.randn(3, 4), torch.randn(5, 2), False)
+@pytest.mark.parametrize("case", BAD_EXPAND)
+@pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
+def test_expand_refuses(case, fake):
+    context = FakeTensorMode(allow_non_fake_inputs=True) if fake else torch.no_grad()
+    with context, pytest.raises(ValueError, match=f"velora::expand: got {case}.*; allowed: "):
+        expand(*BAD_EXPAND[case](), False)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("value", [0.5, 32**-0.5, 0.3, -0.3])
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_expand_of_infinity_is_infinity_whether_v_is_exact_in_low_precision_or_not(dtype, value, transposed):
+    """GradScaler finds its scale by gradients that overflow."""
+    factor, v = torch.tensor([[torch.inf, -torch.inf]], dtype=dtype), torch.full((2, 2), value)
+    assert torch.equal(expand(factor, v, transposed), (factor.unsqueeze(-1) * v).to(dtype).flatten(1))
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"out": 0}, {"lead": (0, 2)}, {"lead": (), "out": 0}, {"size": 0}, {"groups": 0}, {"groups": 0, "out": 0}]
+)
+def test_gradients_of_empty_tensors_are_the_dense_ones(sizes):
+    s = sample(**{"lead": (3, 2), "groups": 2, "size": 4, "out": 5, **sizes})
+    names = ("x", "weight", "bias", "carrier")
+    y, dense = velora(s), F.linear(s.x, s.weight, s.bias)
+    ours, theirs = gradients(y, s, names), gradients(dense, s, names[:3])
+    assert torch.equal(y, dense)
+    for a, b in zip(ours, theirs, strict=False):
+        torch.testing.assert_close(a, b)
+    assert ours[3].shape == s.carrier.shape
+
+
+def test_forward_mode_derivatives_are_refused_and_not_zero():
+    s = sample()
+    x, z = s.x.detach(), compress(s.x, s.v).detach()
+
+    def layer(x: Tensor) -> Tensor:
+        return linear(x, s.weight.detach(), None, z, s.v, None)
+
+    with pytest.raises(NotImplementedError, match="velora::linear has no forward-mode derivative"):
+        torch.func.jvp(layer, (x,), (x,))
+    with forward_ad.dual_level():
+        layer(x)  # nothing to differentiate
+        with pytest.raises(NotImplementedError, match="velora::linear has no forward-mode derivative"):
+            layer(forward_ad.make_dual(x, x))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from decimal import Decimal
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,6 +51,7 @@ BAD: tuple[tuple[str, Any, str], ...] = (
     ("filter_fn", "lm_head", "filter_fn(module, name)"),
     ("loss_fn", 1.0, "loss_fn"),
 )
+LIMITS = (0, -1.0, 10**400, -(10**400), Fraction(0), math.nan, math.inf, "5", True, [5], Decimal(5), torch.tensor(5.0))
 GOOD: tuple[tuple[str, Any], ...] = (
     ("gradient_accumulation", 8),
     ("target", "eager"),
@@ -77,6 +80,36 @@ def test_a_bad_value_is_named_with_what_is_allowed(name, value, allowed):
 @pytest.mark.parametrize(("name", "value"), GOOD, ids=lambda value: repr(value))
 def test_a_good_value_is_kept(name, value):
     assert getattr(Options(**{name: value}), name) is value
+
+
+@pytest.mark.parametrize("limit", LIMITS, ids=lambda value: repr(value)[:20])
+def test_a_limit_of_the_approximation_that_is_no_positive_number_is_refused(limit):
+    with pytest.raises(ValueError, match="max_approximation must be a positive number such as 5, got"):
+        Options(objective="speed", max_approximation=limit)
+
+
+@pytest.mark.parametrize(
+    "limit", [5, Fraction(11, 2), np.float32(0.5), 2.5, 2**900], ids=lambda value: repr(value)[:20]
+)
+def test_a_limit_of_the_approximation_becomes_a_float(limit):
+    kept = Options(objective="speed", max_approximation=limit).max_approximation
+    assert type(kept) is float and kept == limit
+
+
+@pytest.mark.parametrize(
+    "options", [{"objective": "speed"}, {"max_approximation": 5}, {"objective": "speed", "max_approximation": 0}]
+)
+def test_what_is_said_of_the_approximation_names_the_arguments_of_the_command_line_too(options):
+    with pytest.raises(ValueError, match=r"--max-approximation\)"):
+        Options(**options)
+
+
+def test_factored_gradients_want_signs_and_compression():
+    with pytest.raises(ValueError, match=r"gradients='factored' is exact for .* magnitudes.*batch_mean"):
+        Options(gradients="factored", projection="batch_mean")
+    with pytest.raises(ValueError, match="exact_only never compresses, and gradients are factored where that is done"):
+        Options(gradients="factored", exact_only=True)
+    assert Options(gradients="factored").is_factored and not Options().is_factored
 
 
 def test_a_device_that_cannot_be_planned_for_is_refused_as_an_object_too():

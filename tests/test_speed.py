@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -12,7 +13,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import velora_fx
-from velora_fx.speed import Kind, choose_sizes
+from tests.toys import rows, stack
+from velora_fx import devices
+from velora_fx.analysis import Actions, analyse
+from velora_fx.options import Options
+from velora_fx.speed import Kind, choose_sizes, saved_seconds
 
 few = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -79,8 +84,13 @@ def test_a_plan_for_speed_fits_its_budget_too():
     memory = velora_fx.plan(model, budget_gb, batch)
     speed = velora_fx.plan(model, budget_gb, batch, objective="speed", max_approximation=5)
     assert speed.fits and speed.planned.step_seconds < memory.planned.step_seconds
-    with pytest.raises(ValueError, match=r"the least approximation within the budget is [\d.]+, and max_approximation"):
+    message = r"within \d.* MiB the least approximation is [\d.]+, and max_approximation is 0.001: allow more"
+    with pytest.raises(velora_fx.BudgetError, match=message) as caught:
         velora_fx.plan(model, budget_gb, batch, objective="speed", max_approximation=1e-3)
+    plan = caught.value.plan
+    assert not plan.fits and plan.planned == memory.planned and plan.max_approximation == 1e-3
+    assert "verdict         TOO APPROXIMATE" in str(plan)
+    velora_fx.optimize(model, plan=plan, example_inputs=batch)
 
 
 def test_one_of_several_readers_of_an_input_can_be_compressed_and_its_plan_applied_again():
@@ -189,3 +199,77 @@ def test_a_linear_that_is_a_region_of_its_own_is_compressed_for_speed_too():
     model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256))
     plan = velora_fx.plan(model, None, (torch.randn(512, 256),), objective="speed", max_approximation=5)
     assert {name for decision in plan.compressed for name in decision.consumers} == {"0", "2"}
+
+
+def test_wanted_sizes_are_taken_for_an_input_that_frees_nothing():
+    model, batch = nn.Linear(256, 256), (torch.randn(512, 256),)
+    plan = velora_fx.plan(model, None, batch, objective="speed", max_approximation=5, sub_token_sizes=(32,))
+    assert [decision.sub_token_size for decision in plan.compressed] == [32]
+    assert not velora_fx.plan(model, None, batch, sub_token_sizes=(32,)).compressed
+
+
+class Readers(nn.Module):
+    """Blocks that all read one memory, as the layers of a decoder read what the encoder made."""
+
+    def __init__(self, num_blocks: int, width: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Reader(width) for _ in range(num_blocks))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        memory = torch.tanh(x)
+        for block in self.blocks:
+            x = block(x, memory)
+        return x.float().square().mean()
+
+
+class Reader(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.k, self.v = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+
+    def forward(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        return x + self.k(memory) + self.v(memory)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_time_that_a_candidate_saves_is_what_a_simulation_shows(autocast, monkeypatch):
+    gpu = next(gpu for gpu in devices.GPUS if gpu.name == "A100")
+    monkeypatch.setattr(devices, "CPU", replace(gpu, launch_seconds=0.0))
+    model, x = Readers(4, 512), torch.randn(2, 4096, 512)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        analysis = analyse(model, (x,), {}, Options(), torch.device("cpu"), lambda message: None)
+        shared = [c for c in analysis.compressible if c.consumers[0].startswith("blocks.")]
+        faster = analysis.peak(Actions({candidate.key: 32 for candidate in shared})).step_seconds
+        predicted = sum(saved_seconds(analysis, candidate, 1, 32) for candidate in shared)
+    assert {name for candidate in shared for name in candidate.consumers} == {
+        f"blocks.{block}.{linear}" for block in range(4) for linear in "kv"
+    }
+    assert predicted == pytest.approx(analysis.baseline.step_seconds - faster, rel=0.2)
+
+
+def test_blocks_are_recomputed_where_what_compression_needs_is_not_allowed():
+    """With `recompute` the cheapest plan may compress although recompute alone, which approximates nothing, fits."""
+    model, batch = stack(width=64), (rows(64, 64, 64),)
+    options = {"optimizer": "sgd", "recompute": True}
+    with pytest.raises(velora_fx.BudgetError) as caught:
+        velora_fx.plan(model, 1e-9, batch, optimizer="sgd", exact_only=True)
+    smallest, untouched = caught.value.smallest_peak_bytes, caught.value.plan.baseline.peak_bytes
+    budget_gb = (smallest + untouched) / 2**31
+    assert velora_fx.plan(model, budget_gb, batch, **options).approximation > 1e-3
+    plan = velora_fx.plan(model, budget_gb, batch, objective="speed", max_approximation=1e-3, **options)
+    assert plan.fits and plan.recomputed and plan.approximation <= 1e-3
+    with pytest.raises(velora_fx.BudgetError) as caught:
+        velora_fx.plan(model, 1e-9, batch, **options)
+    if caught.value.smallest_peak_bytes < smallest:
+        between = (caught.value.smallest_peak_bytes + smallest) / 2**31
+        with pytest.raises(velora_fx.BudgetError, match=r"and recompute alone takes .* at the least"):
+            velora_fx.plan(model, between, batch, objective="speed", max_approximation=1e-3, **options)
+
+
+@pytest.mark.parametrize("short", [0.0, 1e-9, 1e-7, 1e-6, 1e-3])
+def test_what_is_chosen_is_within_the_cost_to_the_last_digit(short):
+    """The solver itself allows a relative excess of 1e-6."""
+    kind = Kind((("", "a"), ("", "b"), ("", "c")), (16, 32), (4.0, 5.0), (3.0, 4.0))
+    chosen = choose_sizes([kind], 15.0 - short)
+    assert sum(math.log2(size) for size in chosen.values()) <= 15.0 - short
+    assert sorted(chosen.values()) == ([32, 32, 32] if short == 0 else [16, 32, 32])

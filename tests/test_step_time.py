@@ -71,3 +71,15 @@ def test_kernels_of_a_compiler_take_their_bytes_and_at_least_a_launch() -> None:
     timer.add_kernel(50)
     timer.add_kernel(1)
     assert timer.seconds == 5 + 3
+
+
+@pytest.mark.parametrize("device", [MEMORY, LAUNCHES], ids=lambda device: device.name)
+def test_a_fake_step_takes_as_long_as_the_real_one(device: Device) -> None:
+    """Fake tensors are asked for their device by an operator, in backward too."""
+    model, x = torch.nn.Linear(4, 6), torch.ones(3, 4)
+    seconds = []
+    for module in (model, fake_copy(model, fake_mode())):
+        with StepTimer(device) as timer:
+            module(x).sum().backward()
+        seconds.append(timer.seconds)
+    assert seconds[0] == seconds[1] > 0

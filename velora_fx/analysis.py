@@ -118,7 +118,7 @@ def analyse(
     )
     if options.is_factored:  # the gradient and its optimizer state shrink whatever else keeps the input
         candidates, sharing = (*candidates, *sharing), ()
-    _check_sizes(options, candidates, findings)
+    _check_sizes(options, findings)
 
     def simulate(actions: Actions, compiler_recomputes: bool = False, by_blocks: bool = False) -> Timeline:
         progress("planned step")
@@ -225,11 +225,12 @@ def _without_products(model: torch.nn.Module, findings: Findings) -> tuple[Skipp
     return tuple(skipped)
 
 
-def _check_sizes(options: Options, candidates: tuple[Candidate, ...], findings: Findings) -> None:
+def _check_sizes(options: Options, findings: Findings) -> None:
     """Refuses sub-token sizes none of which divides the width of any input."""
     widths = sorted({saving.shape[-1] for saving in findings.savings if saving.consumer is not None})
-    if options.sub_token_sizes is not None and not candidates and widths:
+    sizes = options.sub_token_sizes
+    if sizes is not None and widths and all(width % size for width in widths for size in sizes):
         raise ValueError(
-            f"sub_token_sizes {tuple(options.sub_token_sizes)} divides none of the input widths "
+            f"sub_token_sizes {tuple(sizes)} divides none of the input widths "
             f"{', '.join(map(str, widths))}: choose divisors of them"
         )

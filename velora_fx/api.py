@@ -89,7 +89,8 @@ def optimize(
 
     Raises:
         ValueError: bad arguments, or a model without a trainable matrix product.
-        BudgetError: no plan fits; it carries the smallest reachable peak and the plan that reaches it.
+        BudgetError: no plan fits; it carries the smallest reachable peak and the plan that reaches it, whatever
+            `max_approximation` is; where that is all that stands in the way, the cheapest plan within the budget.
         Whatever the model's own forward raises on the example inputs. The model is then as it was.
     """
     options = Options(

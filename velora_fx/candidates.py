@@ -21,7 +21,8 @@ class Candidate:
 
     That is 0, with no `storages`, for one that something else keeps too: compressing it saves time alone. `savings`
     names the linears that save it, `storages` the tracker's numbers of the storage in each call, `sizes`
-    the sub-token sizes it may take and `num_weights` the entries of the weights whose gradient becomes approximate.
+    the sub-token sizes it may take, `num_weights` the entries of the weights whose gradient becomes approximate, and
+    `weights_of` those of each saving's own weight.
     """
 
     region: str
@@ -31,6 +32,7 @@ class Candidate:
     bytes_before: int
     sizes: tuple[int, ...]
     num_weights: int
+    weights_of: tuple[int, ...]
 
     @property
     def key(self) -> tuple[str, str]:
@@ -184,6 +186,7 @@ def _candidate(
     savings = tuple(saving for group in groups for saving in group)
     storages = tuple(dict.fromkeys(saving.storage for saving in savings))
     first = savings[0]
+    parameters = [full_name(s.region, findings.uses[s.region, s.consumer or ""].parameter) for s in savings]
     offered = set.intersection(*(set(offered_sizes(saving.shape[-1], sizes)) for saving in savings))
     return Candidate(
         first.region,
@@ -192,11 +195,12 @@ def _candidate(
         storages,
         sum(bytes_of(timeline, storage) for storage in storages),
         tuple(sorted(offered)),
-        sum(num_weights(name) for name in weights_of(savings, findings)),
+        sum(num_weights(name) for name in dict.fromkeys(parameters)),
+        tuple(num_weights(name) for name in parameters),
     )
 
 
-def weights_of(savings: Sequence[Saving], findings: Findings) -> tuple[str, ...]:
+def weight_names(savings: Sequence[Saving], findings: Findings) -> tuple[str, ...]:
     """The dotted names of the weights whose gradients take what is saved, each once."""
     uses = (findings.uses[saving.region, saving.consumer] for saving in savings if saving.consumer is not None)
     return tuple(dict.fromkeys(full_name(use.region, use.parameter) for use in uses))

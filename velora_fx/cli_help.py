@@ -37,7 +37,7 @@ examples:
   What would gradient checkpointing alone have to recompute?
     velora-plan --model llama-7b --batch-size 4 --seq-len 2048 --optimizer sgd --budget-gb 40 --exact-only
 
-  How much faster with every weight's gradient from sub-tokens of 32 = 2**5?
+  How much faster with compression wherever it saves time, where the mean log2 of the sub-token size is 5 at most?
     velora-plan --model llama-1b --batch-size 8 --objective speed --max-approximation 5
 
   Can all weights of Llama 7B be trained with AdamW on a card of 24 GiB?

@@ -20,8 +20,11 @@ class ExactRivals:
     def within(self, budget_bytes: int) -> Exact | None:
         """The fastest exact step within the budget, or the smallest there is; None without blocks to recompute.
 
-        Compiled, the compiler's own recompute comes first: it takes the least time.
+        The step as it is comes first; compiled, the compiler's own recompute is next: it takes the least time.
         """
+        untouched = self.analysis.baseline
+        if untouched.peak_bytes <= budget_bytes:
+            return Exact("untouched", True, untouched.peak_bytes, untouched.step_seconds)
         if self.compiler is not None and self.compiler.peak_bytes <= budget_bytes:
             return Exact("compiler", True, self.compiler.peak_bytes, self.compiler.step_seconds)
         if not self.analysis.blocks:

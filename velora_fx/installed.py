@@ -12,6 +12,7 @@ import torch
 from velora_fx.analysis import analyse
 from velora_fx.batch_watch import BatchWatch, unwatch, watch_batches
 from velora_fx.calibrate import calibrate
+from velora_fx.candidates import LARGEST_SUB_TOKEN
 from velora_fx.carriers import put_back, remove_carriers
 from velora_fx.checkpointing import Checkpointed, install_checkpointing
 from velora_fx.first_forward import STATE, FirstForward, Request
@@ -54,7 +55,7 @@ def apply(model: torch.nn.Module, request: Request, args: tuple[Any, ...], kwarg
     if request.plan is not None:
         made_for = request.plan
         options = replace(options, projection=made_for.projection, seed=made_for.seed, gradients=made_for.gradients)
-        options = replace(options, filter_fn=_filter_of(request.plan))
+        options = replace(options, filter_fn=_filter_of(made_for), sub_token_sizes=_sizes_of(made_for))
     with planning_progress() as progress:
         analysis = analyse(model, args, kwargs, options, request.device, progress)
         if request.plan is not None:
@@ -104,6 +105,12 @@ def _filter_of(plan: Plan) -> Callable[[torch.nn.Module, str], bool]:
     consumers = {without_wrappers(name.partition("#")[0]) for item in plan.compressed for name in item.consumers}
     owners = {name.rpartition(".")[0] for name in consumers}  # of parameters that are no `weight`
     return lambda module, name: without_wrappers(name) in consumers | owners
+
+
+def _sizes_of(plan: Plan) -> tuple[int, ...] | None:
+    """Sizes to find what the plan compresses by: the usual ones, and any larger that it has."""
+    larger = {d.sub_token_size for d in plan.compressed if (d.sub_token_size or 0) > LARGEST_SUB_TOKEN}
+    return (*range(2, LARGEST_SUB_TOKEN + 1), *sorted(filter(None, larger))) if larger else None
 
 
 def _watch(model: torch.nn.Module, plan: Plan) -> BatchWatch:

@@ -20,14 +20,16 @@ from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTens
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from velora_fx.operands import check_compress, check_expand, check_linear
+
 _BLOCK_BYTES = 2**19
 
 
 def compress(x: Tensor, v: Tensor) -> Tensor:
     """Projects every sub-token of x on its row of v: z[..., g] = <x[..., g*M:(g+1)*M], v[g]> (section 3.1).
 
-    x [..., D] and v [G, M] of any floating dtypes, G * M = D; returns z [..., G] in x's dtype, summed in float32 or
-    better. Not differentiable: z never requires a gradient. ValueError for other shapes.
+    x [..., D] and v [G, M], G * M = D, on one device, of float64, float32, bfloat16 or float16 each; returns z [..., G]
+    in x's dtype, summed in float32 or better. Not differentiable: z never requires a gradient. ValueError otherwise.
     """
     z: Tensor = torch.ops.velora.compress.default(x, v)
     return z
@@ -39,7 +41,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, v: Tensor,
     x [..., D], weight [O, D], bias [O], z [..., G], v [G, M], carrier [O, G]; returns [..., O]. Gradients:
     dx = dY W and dbias = Σ dY, both exact; dcarrier = dYᵀ z; dweight = reshape(dcarrier ⊗ v) (section 3.1 in closed
     form). The carrier has no part in the forward pass: its gradient is the weight's, M times smaller. Saves the weight
-    if x wants a gradient, z if weight or carrier does, v if the weight does, and never x. ValueError for other shapes.
+    if x wants a gradient, z if weight or carrier does, v if the weight does, and never x. ValueError for other shapes,
+    dtypes than those of `compress`, or several devices; NotImplementedError for derivatives in forward mode.
     """
     y: Tensor = torch.ops.velora.linear.default(x, weight, bias, z, v, carrier)
     return y
@@ -50,7 +53,7 @@ def expand(factor: Tensor, v: Tensor, transposed: bool) -> Tensor:
 
     factor [O, G] and v [G, M]; returns [O, G * M] in factor's dtype, multiplied in float32 or better and rounded once.
     With `transposed` it has the strides of a transposed matrix, as a transposed weight's gradient needs them. Not
-    differentiable. ValueError for other shapes.
+    differentiable. ValueError for other shapes, dtypes than those of `compress`, or several devices.
     """
     dweight: Tensor = torch.ops.velora.expand.default(factor, v, transposed)
     return dweight
@@ -61,7 +64,7 @@ def compress_reference(x: Tensor, v: Tensor) -> Tensor:
 
     Run eagerly it makes an [..., D] temporary of float32 or better.
     """
-    _check_compress(x, v)
+    check_compress(x, v)
     accumulator = torch.promote_types(x.dtype, torch.float32)
     v = v if v.dtype == accumulator else v.to(accumulator)  # else it is followed as a new tensor
     groups = x.view(*x.shape[:-1], *v.shape)
@@ -72,22 +75,24 @@ def expand_reference(factor: Tensor, v: Tensor, transposed: bool) -> Tensor:
     """``expand`` in plain ATen, with no wider temporary of the result's size.
 
     Where v is more precise than the factor it is split in two, v = high + low: rounding v would scale whole columns of
-    the gradient wrongly, while addcmul_ works in float32 inside and rounds once.
+    the gradient wrongly, while addcmul_ works in float32 inside and rounds once. The product with the low part is kept
+    finite, so that infinity times v is infinity: it is never added to its opposite, nor multiplied by a low part of 0.
     """
-    _check_expand(factor, v)
+    check_expand(factor, v)
     factor, v = (factor.t().unsqueeze(1), v.unsqueeze(-1)) if transposed else (factor.unsqueeze(-1), v)
     high = v.to(factor.dtype)
     if torch.promote_types(v.dtype, factor.dtype) == factor.dtype:
         product = factor * high
     else:
-        product = (factor * (v - high).to(factor.dtype)).addcmul_(factor, high)
+        largest = torch.finfo(factor.dtype).max
+        product = (factor.clamp(-largest, largest) * (v - high).to(factor.dtype)).addcmul_(factor, high)
     return product.flatten(0, 1).t() if transposed else product.flatten(1)
 
 
 def _linear_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, v: Tensor, carrier: Tensor | None
 ) -> Tensor:
-    _check_linear(x, weight, bias, z, v, carrier)
+    check_linear(x, weight, bias, z, v, carrier)
     return F.linear(x, weight, bias)
 
 
@@ -109,7 +114,7 @@ def _compress_cuda(x: Tensor, v: Tensor) -> Tensor:
         return compress_blocks(x, v, None)
     from velora_fx.kernels import compress as kernel
 
-    _check_compress(x, v)
+    check_compress(x, v)
     with torch.cuda.device(x.device):  # Triton launches on the current one
         return kernel.compress(x, v)
 
@@ -120,14 +125,14 @@ def _expand_cuda(factor: Tensor, v: Tensor, transposed: bool) -> Tensor:
         return expand_reference(factor, v, transposed)
     from velora_fx.kernels import expand as kernel
 
-    _check_expand(factor, v)
+    check_expand(factor, v)
     with torch.cuda.device(factor.device):
         return kernel.expand(factor, v, transposed)
 
 
 def compress_blocks(x: Tensor, v: Tensor, num_blocks: int | None) -> Tensor:
     """The kernel for CPUs, for the first blocks of rows only: the first takes as much memory as any other."""
-    _check_compress(x, v)
+    check_compress(x, v)
     accumulator = torch.promote_types(x.dtype, torch.float32)
     v = v if v.dtype == accumulator else v.to(accumulator)
     rows = max(1, _BLOCK_BYTES // max(1, v.numel() * accumulator.itemsize))
@@ -152,7 +157,7 @@ def _row_blocks(x: Tensor, z: Tensor, rows: int) -> Iterator[tuple[Tensor, Tenso
 
 @_COMPRESS.register_fake
 def _compress_fake(x: Tensor, v: Tensor) -> Tensor:
-    _check_compress(x, v)
+    check_compress(x, v)
     return x.new_empty(*x.shape[:-1], v.shape[0])
 
 
@@ -160,47 +165,15 @@ def _compress_fake(x: Tensor, v: Tensor) -> Tensor:
 def _linear_fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, v: Tensor, carrier: Tensor | None
 ) -> Tensor:
-    _check_linear(x, weight, bias, z, v, carrier)
+    check_linear(x, weight, bias, z, v, carrier)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @_EXPAND.register_fake
 def _expand_fake(factor: Tensor, v: Tensor, transposed: bool) -> Tensor:
-    _check_expand(factor, v)
+    check_expand(factor, v)
     out, width = factor.shape[0], v.shape[0] * v.shape[1]
     return factor.new_empty(width, out).t() if transposed else factor.new_empty(out, width)
-
-
-def _check_compress(x: Tensor, v: Tensor) -> None:
-    if x.dim() < 1 or v.dim() != 2 or x.shape[-1] != v.shape[0] * v.shape[1]:
-        raise ValueError(
-            f"velora::compress: got x {[*x.shape]} and v {[*v.shape]}; allowed: x [..., D] and v [G, M] with G * M = D"
-        )
-    if not (x.is_floating_point() and v.is_floating_point()):
-        raise ValueError(f"velora::compress: got x of {x.dtype} and v of {v.dtype}; allowed: floating dtypes")
-
-
-def _check_expand(factor: Tensor, v: Tensor) -> None:
-    if factor.dim() != 2 or v.dim() != 2 or factor.shape[1] != v.shape[0]:
-        raise ValueError(
-            f"velora::expand: got factor {[*factor.shape]} and v {[*v.shape]}; allowed: factor [O, G] and v [G, M]"
-        )
-
-
-def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, v: Tensor, carrier: Tensor | None) -> None:
-    _check_compress(x, v)
-    features, out, groups = x.shape[-1:], weight.shape[:1], v.shape[:1]
-    for name, tensor, shape in (
-        ("weight", weight, out + features),
-        ("bias", bias, out),
-        ("z", z, x.shape[:-1] + groups),
-        ("carrier", carrier, out + groups),
-    ):
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(
-                f"velora::linear: got {name} {[*tensor.shape]}; allowed: {[*shape]}, "
-                f"for x {[*x.shape]}, weight {[*weight.shape]} and v {[*v.shape]}"
-            )
 
 
 def _compress_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -222,7 +195,8 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     weight, z, v = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, _, _, needs_carrier = ctx.needs_input_grad
-    rows = dy.reshape(-1, dy.shape[-1])
+    num_rows = prod(dy.shape[:-1])  # -1 would be ambiguous where a size is 0
+    rows = dy.reshape(num_rows, dy.shape[-1])
     dx = dweight = dbias = dcarrier = None
     if needs_x:
         dx = (rows @ weight).reshape(*dy.shape[:-1], weight.shape[1])
@@ -230,7 +204,7 @@ def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dbias = rows.sum(0)
     if needs_weight or needs_carrier:
         # Under autocast dY is in low precision and z is not.
-        factor = rows.t() @ z.reshape(-1, z.shape[-1]).to(dy.dtype)
+        factor = rows.t() @ z.reshape(num_rows, z.shape[-1]).to(dy.dtype)
         dweight = expand(factor, v, ctx.is_transposed) if needs_weight else None
         dcarrier = factor if needs_carrier else None
     return dx, dweight, dbias, None, None, dcarrier

@@ -99,16 +99,30 @@ class Options:
         if (self.objective == "speed") != (most is not None):
             raise ValueError(
                 f"objective='speed' goes with max_approximation, got objective={self.objective!r} and "
-                f"max_approximation={most!r}: 5 allows sub-tokens of 2**5 = 32 for every weight that may be compressed"
+                f"max_approximation={most!r} (--objective, --max-approximation): it bounds the mean log2 of the "
+                "sub-token size, so 5 allows 2**5 = 32 for all weights, or larger ones for some and none for others"
             )
-        if most is not None and (
-            isinstance(most, bool) or not isinstance(most, Real) or not 0 < float(most) < math.inf
-        ):
-            raise ValueError(f"max_approximation must be a positive number such as 5, got {most!r}")
-        if most is not None and self.exact_only:
+        if most is None:
+            return
+        number = math.nan if isinstance(most, bool) or not isinstance(most, Real) else _as_float(most)
+        if not 0 < number < math.inf:
             raise ValueError(
-                "exact_only never compresses, and objective='speed' does nothing else: leave one of them out"
+                f"max_approximation must be a positive number such as 5, got {most!r} (--max-approximation)"
             )
+        object.__setattr__(self, "max_approximation", number)
+        if self.exact_only:
+            raise ValueError(
+                "exact_only never compresses, and objective='speed' does nothing else: leave one of them out "
+                "(--exact-only, --objective speed)"
+            )
+
+
+def _as_float(number: Real) -> float:
+    """The number as a float: infinite where it is too large."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -134,10 +148,7 @@ def budget_bytes_of(budget_gb: Any, device: torch.device) -> int:
         return capacity_bytes
     if isinstance(budget_gb, bool) or not isinstance(budget_gb, Real):
         raise ValueError(f'budget_gb must be a number of GiB or "device", got {budget_gb!r}')
-    try:
-        size = float(budget_gb) * GIB
-    except OverflowError:
-        size = math.inf
+    size = _as_float(budget_gb) * GIB
     if not (math.isfinite(size) and size > 0):
         raise ValueError(f"budget_gb must be a positive number of GiB, got {budget_gb!r}")
     budget_bytes = int(size)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from velora_fx.analysis import Actions, Analysis
-from velora_fx.candidates import Candidate, weights_of
+from velora_fx.candidates import Candidate, weight_names
 from velora_fx.devices import device_rates
 from velora_fx.exact import ExactRivals
 from velora_fx.module_state import CARRIER
@@ -35,19 +35,43 @@ class Planner:
         """The plan of least approximation within the budget, checked by a simulation of the planned step.
 
         With no budget nothing is done for memory; for speed, what `max_approximation` allows. Raises BudgetError,
-        with the tightest plan there is, if no plan fits.
+        with the tightest plan there is, if no plan fits, and with the cheapest that fits, if none does within
+        `max_approximation`.
         """
         actions, planned, exact = Actions(), self.analysis.baseline, None
         if budget_bytes is not None:
             actions, planned = self.search.within(budget_bytes)
-            if actions.sizes:
-                exact = self.rivals.within(budget_bytes)
-        if self.options.max_approximation is not None and (budget_bytes is None or planned.peak_bytes <= budget_bytes):
-            actions, planned = faster(self.analysis, actions, planned, budget_bytes, self.options.max_approximation)
+        most = self.options.max_approximation
+        if most is not None and (budget_bytes is None or planned.peak_bytes <= budget_bytes):
+            if approximation(self.analysis, actions.sizes) > most:
+                actions, planned = self._exactly(budget_bytes) or (actions, planned)
+            actions, planned = faster(self.analysis, actions, planned, budget_bytes, most)
+        if budget_bytes is not None and actions.sizes:
+            exact = self.rivals.within(budget_bytes)
         plan = write_plan(self.search, actions, planned, exact, budget_bytes, self.name, self.options)
-        if not plan.fits:
+        if not plan.is_within_budget:
             raise BudgetError(_unreachable(plan), plan)
+        if not plan.is_within_approximation:
+            raise BudgetError(self._too_approximate(plan), plan)
         return plan, actions
+
+    def _exactly(self, budget_bytes: int | None) -> tuple[Actions, Peak] | None:
+        """The actions that meet the budget by recompute alone, if that is allowed and enough: the cheapest actions may
+        compress where those would do."""
+        if budget_bytes is None or not self.options.recompute:
+            return None
+        actions, planned = self.rivals.checkpointing.within(budget_bytes)
+        return (actions, planned) if planned.peak_bytes <= budget_bytes else None
+
+    def _too_approximate(self, plan: Plan) -> str:
+        assert plan.budget_bytes is not None
+        budget = in_units(plan.budget_bytes)
+        found, instead = f"within {budget} the least approximation is {plan.approximation:.6g}", ""
+        if self.options.recompute:
+            peak = self.rivals.checkpointing.within(plan.budget_bytes)[1]
+            found = f"the cheapest plan within {budget} has approximation {plan.approximation:.6g}"
+            instead = f", and recompute alone takes {in_units(peak.peak_bytes)} at the least"
+        return f"{found}, and max_approximation is {plan.max_approximation:g}{instead}: allow more, or a larger budget"
 
     @cached_property
     def search(self) -> Search:
@@ -136,6 +160,7 @@ def write_plan(
         notes=(),
         objective=options.objective,
         approximation=approximation(analysis, actions.sizes),
+        max_approximation=options.max_approximation,
         projection=options.projection,
         seed=options.seed,
         gradients=options.gradients,
@@ -155,7 +180,7 @@ def _update_bytes(candidates: Sequence[Candidate], analysis: Analysis, planned: 
     before, after = updates_of(analysis.untouched), updates_of(planned.timeline or analysis.untouched)
     found = []
     for candidate in candidates:
-        names = weights_of(candidate.savings, analysis.findings)
+        names = weight_names(candidate.savings, analysis.findings)
         carried = [name + CARRIER if name + CARRIER in after else name for name in names]
         found.append((sum(before[n].num_bytes for n in names), sum(after[n].num_bytes for n in carried)))
     return found

@@ -15,6 +15,7 @@ from velora_fx.snapshot import write_snapshot
 from velora_fx.timeline import Curve, Group, Measured, Peak
 
 SCHEMA = 5
+ROUNDING = 1e-12  # the relative error of a sum of logarithms
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,13 @@ class Recomputed:
 
 @dataclass(frozen=True)
 class Exact:
-    """The best that exact recompute reaches instead of compression: whether it fits the budget, its peak and time.
+    """The best that is reached exactly, instead of by compression: whether it fits the budget, its peak and time.
 
-    `means` is "checkpointing" (`exact_only=True` installs it) or "compiler", the private setting
-    `torch._functorch.config.ban_recompute_materialized_backward=False`.
+    `means` is "untouched" where the step fits as it is, "checkpointing" (`exact_only=True` installs it) or "compiler",
+    the private setting `torch._functorch.config.ban_recompute_materialized_backward=False`.
     """
 
-    means: Literal["checkpointing", "compiler"]
+    means: Literal["checkpointing", "compiler", "untouched"]
     fits: bool
     peak_bytes: int
     step_seconds: float
@@ -86,9 +87,10 @@ class Plan:
     `inputs` are those of the largest batch that it holds for. `budget_bytes` is what was asked for, None if nothing
     was. `baseline` and `planned` are the simulated peaks of the untouched and of the planned model, in bytes of tensors
     plus overhead; `measured` is the peak of a real step, once there was one. `recomputed` names the blocks that
-    recompute in backward; `exact` is the best that exact recompute does in place of the compression, None where nothing
-    is compressed. `approximation` is the mean log2 of the sub-token size over the entries of all weights that may be
-    compressed, 0 where none is. Step times are predicted for `rates`.
+    recompute in backward; `exact` is the best that is done exactly in place of the compression, None where nothing is
+    compressed, without a budget, and without blocks to recompute. `approximation` is the mean log2 of the sub-token
+    size over the entries of all weights that may be compressed, 0 where none is; `max_approximation` is how far that
+    was allowed to go, for speed. Step times are predicted for `rates`.
     """
 
     model: str
@@ -110,12 +112,24 @@ class Plan:
     gradients: str = "dense"
     objective: str = "memory"
     approximation: float = 0.0
+    max_approximation: float | None = None
     measured: Measured | None = None
 
     @property
     def fits(self) -> bool:
+        """True if the planned peak is within the budget, and the approximation within what is allowed."""
+        return self.is_within_budget and self.is_within_approximation
+
+    @property
+    def is_within_budget(self) -> bool:
         """True if the planned peak is within the budget."""
         return self.budget_bytes is None or self.planned.peak_bytes <= self.budget_bytes
+
+    @property
+    def is_within_approximation(self) -> bool:
+        """True if the approximation is within `max_approximation`, but for rounding."""
+        most = self.max_approximation
+        return most is None or self.approximation <= most * (1 + ROUNDING)
 
     @property
     def overhead_bytes(self) -> int:
@@ -213,7 +227,11 @@ def _measured(data: Mapping[str, Any]) -> Measured:
 
 
 class BudgetError(ValueError):
-    """A budget that no plan meets; `smallest_peak_bytes` is the least reachable, `plan` the plan that reaches it."""
+    """A budget that no plan meets; `smallest_peak_bytes` is the least reachable, `plan` the plan that reaches it.
+
+    That is the tightest plan in memory, whatever `max_approximation` is. Where plans meet the budget, but none within
+    `max_approximation`, `plan` is the cheapest that meets the budget, and `smallest_peak_bytes` its peak.
+    """
 
     def __init__(self, message: str, plan: Plan) -> None:
         super().__init__(message)

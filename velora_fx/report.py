@@ -57,6 +57,9 @@ def _header(plan: Plan) -> str:
         margin = in_units(abs(plan.budget_bytes - plan.planned.peak_bytes))
         if plan.fits:
             lines.append(("verdict", f"fits, {margin} to spare"))
+        elif plan.is_within_budget:
+            allowed = f"approximation {plan.approximation:.6g}, and max_approximation is {plan.max_approximation:g}"
+            lines.append(("verdict", f"TOO APPROXIMATE: {allowed}"))
         else:
             lines.append(("verdict", f"DOES NOT FIT: the smallest reachable peak is {after}, {margin} over the budget"))
     if plan.compressed or plan.recomputed:
@@ -70,9 +73,8 @@ def _header(plan: Plan) -> str:
             text += ", factored: they, the optimizer's state and all-reduce are M times smaller"
         lines.append(("approximate", text))
     if plan.objective == "speed":
-        lines.append(
-            ("objective", f"speed: approximation {plan.approximation:.2f}, the mean log2 of M over all weights")
-        )
+        mean = "the mean log2 of M over all weights that may be compressed"
+        lines.append(("objective", f"speed: approximation {plan.approximation:.2f}, {mean}"))
     if plan.exact is not None:
         lines.append(("exactly", _exactly(plan, plan.exact)))
     return tabulate([line for line in lines if line[1]], tablefmt="plain", disable_numparse=True)
@@ -87,7 +89,9 @@ def inputs_text(plan: Plan) -> str:
 
 
 def _exactly(plan: Plan, exact: Exact) -> str:
-    """What exact recompute would do at the same budget."""
+    """What can be done exactly at the same budget."""
+    if exact.means == "untouched":
+        return "the budget is also met by the step as it is"
     if not exact.fits:
         return f"not reachable by recompute alone: {in_units(exact.peak_bytes)} at the least"
     means = {

@@ -22,7 +22,7 @@ class StepTimer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While on, adds up in `seconds` what each operator would take on the device: the roofline model.
 
     An operator takes as long as its arithmetic (of matrix products and attention) or the reading and writing of its
-    tensors, whichever is longer, and never less than a launch. Views are free.
+    tensors, whichever is longer, and never less than a launch. Views are free, and so are questions (`tensor.device`).
     """
 
     supports_higher_order_operators = True
@@ -41,7 +41,7 @@ class StepTimer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         packet = getattr(func, "overloadpacket", None)
-        if packet is None or packet in FREE or func.is_view:
+        if packet is None or packet in FREE or func.is_view or func.namespace == "prim":
             return result
         tensors = [leaf for leaf in _pytree.tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
         if not tensors:

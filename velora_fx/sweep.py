@@ -69,9 +69,11 @@ def render_sweep(plans: Sequence[Plan]) -> str:
 
 
 def _exactly(plan: Plan) -> str:
-    """Whether exact recompute alone reaches the budget, and at what time."""
+    """Whether the budget is reached without compression, and at what time."""
     if not plan.compressed:
         return "yes, as it is" if plan.fits and not plan.recomputed else "-"
     if plan.exact is None or not plan.exact.fits:
         return "no"
+    if plan.exact.means == "untouched":
+        return "yes, as it is"
     return f"{time_ratio(plan, plan.exact.step_seconds)} by {plan.exact.means}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from velora_fx.candidates import Candidate, weights_of
+from velora_fx.candidates import Candidate, weight_names
 from velora_fx.probe import Findings
 from velora_fx.solver import Item
 from velora_fx.timeline import Timeline
@@ -60,7 +60,7 @@ def find_freed(
     assert timeline is not None
     found, updates, end = [], updates_of(timeline), len(timeline.deltas)
     for index, candidate in enumerate(candidates):
-        own = [updates[name] for name in weights_of(candidate.savings, findings)]
+        own = [updates[name] for name in weight_names(candidate.savings, findings)]
         state_bytes = sum(sum(update.state.values()) for update in own)
         carrier_bytes = sum(update.parameter_bytes for update in own)
         found.append(Freed(_tied(index, sizes[index], state_bytes, carrier_bytes), 0, end))

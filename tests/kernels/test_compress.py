@@ -19,6 +19,9 @@ SHAPES = [
     ((4,), 5, 1),
     ((70,), 7, 128),
     ((5,), 2, 1300),
+    ((0, 3), 2, 4),
+    ((3,), 0, 8),
+    ((3,), 2, 0),
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -15,11 +15,11 @@ def compress(x: Tensor, v: Tensor) -> Tensor:
     leading dimensions can be viewed as one; others, and rows that are not contiguous in themselves, are copied first.
     """
     groups, size = v.shape
+    if x.numel() == 0:
+        return x.new_zeros(*x.shape[:-1], groups)
     rows = x.reshape(-1, groups * size)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     z = x.new_empty(*x.shape[:-1], groups)
-    if z.numel() == 0:
-        return z
     block_size = triton.next_power_of_2(size)
     # Other sizes are summed across threads: within one warp, as several would do so through shared memory.
     num_warps = 4 if size == block_size or block_size > 256 else 1
