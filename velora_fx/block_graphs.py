@@ -18,8 +18,7 @@ from velora_fx.graphs import Call, RegionGraph, find_graph, key_of, make_graph, 
 from velora_fx.inductor import describe
 from velora_fx.module_state import carriers_of
 from velora_fx.passes.recompute_in_backward import recompute_in_backward
-from velora_fx.probe import without_checkpointing
-from velora_fx.region import Region, is_checkpointed, make_call
+from velora_fx.region import Region, is_checkpointed, make_call, without_checkpointing
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from velora_fx.graphs import RegionGraph, find_graph, key_of, make_graph, merge_graph
 from velora_fx.passes.find_products import find_products
 from velora_fx.passes.saved_tensors import SavedTensors, Saving
-from velora_fx.region import CHECKPOINTED, hooks_in, is_checkpointed, make_call
+from velora_fx.region import CHECKPOINTED, hooks_in, is_checkpointed, make_call, without_checkpointing
 from velora_fx.regions import child_regions, find_regions
 from velora_fx.timeline import Timeline
 from velora_fx.tracker import Tracker
@@ -147,16 +147,3 @@ class _Probe:
         self.findings.failures.setdefault(self.name, graph.reason or "")
         for name, child in child_regions(self.block, self.name).items():
             self.observe(name, child)
-
-
-@contextlib.contextmanager
-def without_checkpointing(block: torch.nn.Module) -> Iterator[None]:
-    """Switches off the gradient checkpointing in the forward of Hugging Face blocks."""
-    modules = [module for module in block.modules() if getattr(module, "gradient_checkpointing", False)]
-    for module in modules:
-        module.gradient_checkpointing = False  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.gradient_checkpointing = True  # type: ignore[assignment]

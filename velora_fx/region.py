@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -64,7 +65,11 @@ class Region(StandIn):
             self.warn(f"runs its original forward, exactly: {reason}")
             return self.original(*args, **kwargs)
         call = make_call(self.block, args, kwargs)
-        graph = self.graph_for(call)
+        if self.carriers and is_checkpointed(self.block):
+            with without_checkpointing(self.block):  # as it was captured
+                graph = self.graph_for(call)
+        else:
+            graph = self.graph_for(call)
         if graph is None or graph.gm is None:
             self.check_needless("it is called in a new way" if graph is None else graph.reason)
             return self.original(*args, **kwargs)
@@ -198,6 +203,19 @@ def rewritten(graph: RegionGraph, choices: Mapping[str, Choice]) -> RegionGraph:
 def is_checkpointed(block: torch.nn.Module) -> bool:
     """True if the forward itself recomputes activations in backward, as Hugging Face blocks do when told so."""
     return any(getattr(module, "gradient_checkpointing", False) for module in block.modules())
+
+
+@contextlib.contextmanager
+def without_checkpointing(block: torch.nn.Module) -> Iterator[None]:
+    """Switches off the gradient checkpointing in the forward of Hugging Face blocks."""
+    modules = [module for module in block.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in modules:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
 
 
 def hooks_in(block: torch.nn.Module) -> str | None:
