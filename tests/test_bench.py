@@ -35,12 +35,12 @@ def rows_in(file: Path) -> list[dict[str, Any]]:
 def test_operators_are_checked_timed_and_written(tools: Any, small_cases: None, tmp_path: Path, capsys: Any) -> None:
     assert tools.bench.main(["ops", "--device", "cpu", "--repeats", "3", "--results", str(tmp_path)]) == 0
     rows = rows_in(tmp_path / "ops.jsonl")
-    assert [row["operator"] for row in rows] == ["compress", "expand", "dW"]
+    assert [row["operator"] for row in rows] == ["compress", "expand", "fold", "dW"]
     assert all(row["header"]["torch"] and row["error"] is None and row["ours"]["repeats"] == 3 for row in rows)
     assert rows[0]["bytes"] == 4 * 64 * (64 + 4)
-    bound = max(rows[2]["dense"]["median_seconds"] / 16, 4 * 64 * (32 + 4) / 1e10) + 4 * 32 * 64 / 1e10
-    assert rows[2]["bound_seconds"] == pytest.approx(bound)
-    assert rows[2]["over_bound"] == pytest.approx(rows[2]["ours"]["median_seconds"] / bound)
+    bound = max(rows[3]["dense"]["median_seconds"] / 16, 4 * 64 * (32 + 4) / 1e10) + 4 * 32 * 64 / 1e10
+    assert rows[3]["bound_seconds"] == pytest.approx(bound)
+    assert rows[3]["over_bound"] == pytest.approx(rows[3]["ours"]["median_seconds"] / bound)
     printed = capsys.readouterr().out
     assert printed.startswith("command") and "| dW " in printed.splitlines()[-1]
 
@@ -128,7 +128,7 @@ def test_a_failed_operator_is_told_before_the_table(
     [
         ([], "ops|step|lora"),
         (["speed"], "invalid choice"),
-        (["ops", "--rows", "dX"], "--rows must be some of compress,expand,dW, got 'dX'"),
+        (["ops", "--rows", "dX"], "--rows must be some of compress,expand,fold,dW, got 'dX'"),
         (["step", "--device", "cpu", "--models", "llama"], "--models must be some of llama-cpu, got 'llama'"),
         (["step", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["lora", "--sub-token-size", "1"], "--sub-token-size must be at least 2, got 1"),

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from accuracy_models import batch_of
 from bench_models import make_model
-from bench_ops import OpCase, projection_of, torch_dtype
+from bench_ops import KEPT, OpCase, projection_of, torch_dtype
 from bench_train import TrainRow, Way, prepare
 from torch import Tensor, nn
 
-from velora_fx import ops
+from velora_fx import fold, ops
 from velora_fx.region import Region
 
 ROWS = 515  # no multiple of what kernels take at once
@@ -21,12 +21,12 @@ FLOAT_BOUND = 1e-5
 
 
 def operator_complaints(cases: Sequence[OpCase], device: str) -> list[str]:
-    """What is wrong with compress, expand and dW at these sizes, held against float64; nothing if all is well."""
+    """What is wrong with compress, expand, fold and dW at these sizes, held against float64; nothing if all is well."""
     found = []
     for case in cases:
         eps = torch.finfo(torch_dtype(case.dtype)).eps
         for operator, ours, truth in _operators(case, device):
-            bound = max(FLOAT_BOUND, 2 * eps if operator == "dW" else eps)  # dW is rounded as a factor first
+            bound = max(FLOAT_BOUND, 2 * eps if operator in ("fold", "dW") else eps)  # those are rounded twice
             error = relative_error(ours, truth)
             if not error <= bound:  # so that NaN is one too
                 found.append(f"{operator} {case}: relative error {error:.2g}, allowed {bound:.2g}")
@@ -51,6 +51,10 @@ def _operators(case: OpCase, device: str) -> Iterator[tuple[str, Tensor, Tensor]
     truth = (factor.double().unsqueeze(-1) * v.double()).flatten(1)
     yield "expand", ops.expand(factor, v, False), truth
     yield "expand, transposed,", ops.expand(factor, v, True), truth
+    weight, carrier = torch.randn(factor.shape[0], case.width, generator=generator, device=device).to(dtype), factor
+    truth = KEPT * weight.double() + (carrier.double().unsqueeze(-1) * v.double().sign()).flatten(1)
+    fold.fold([weight], [carrier], [v], torch.tensor(KEPT, dtype=torch.float64))
+    yield "fold", weight, truth
     weight = torch.zeros(case.out, case.width, dtype=dtype, device=device, requires_grad=True)
     ops.linear(x, weight, None, z, v, None).backward(dy)  # type: ignore[no-untyped-call]
     assert weight.grad is not None

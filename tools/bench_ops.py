@@ -14,12 +14,13 @@ from bench_results import reason_of
 from bench_timing import Timing, copies_to_rotate, time_copy, timed_in_turn
 from torch import Tensor
 
-from velora_fx import ops
+from velora_fx import fold, ops
 from velora_fx.projection import sign_projection
 
 Calls: TypeAlias = list[Callable[..., object]]
 
-OPERATORS = ("compress", "expand", "dW")
+OPERATORS = ("compress", "expand", "fold", "dW")
+KEPT = 0.999  # what decay leaves of a weight
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
 REPEATS = {("cpu", True): 5, ("cpu", False): 20, ("cuda", True): 20, ("cuda", False): 100}
 
@@ -49,7 +50,7 @@ class OpCase:
 class OpRow:
     """One operator at one size, beside what it is compared with.
 
-    `bytes` are those it has to read and write. For compress and expand `plain` is the ATen expression; for dW
+    `bytes` are those it has to read and write. For compress, expand and fold `plain` is the ATen expression; for dW
     `product` is the part dYᵀ z, `dense` is dYᵀ x, `rebuilt` the product with x̂ made again, as `rebuilt_by` does it.
     `copy` moves the same bytes.
     """
@@ -127,7 +128,7 @@ def op_cases(device: str, quick: bool) -> list[OpCase]:
 def measure_op(row: OpRow) -> OpRow:
     """The row with its timings, or with the reason why there are none."""
     try:
-        return {"compress": _compress, "expand": _expand, "dW": _weight_gradient}[row.operator](row)
+        return {"compress": _compress, "expand": _expand, "fold": _fold, "dW": _weight_gradient}[row.operator](row)
     except Exception as error:
         return replace(row, error=reason_of(error))
     finally:
@@ -146,6 +147,13 @@ def plain_expand(factor: Tensor, v: Tensor) -> Tensor:
     return (factor.unsqueeze(-1) * v).flatten(1).to(factor.dtype)
 
 
+def plain_fold(weight: Tensor, carrier: Tensor, v: Tensor) -> Tensor:
+    """`fold` in plain ATen."""
+    step = (carrier.unsqueeze(-1) * v.sign().to(carrier.dtype)).flatten(1)
+    carrier.zero_()
+    return weight.mul_(KEPT).add_(step)
+
+
 def _compress(row: OpRow) -> OpRow:
     case, v = row.case, projection_of(row.case, row.device)
     num_bytes = case.rows * (case.width + case.groups) * case.itemsize
@@ -162,6 +170,22 @@ def _expand(row: OpRow) -> OpRow:
     calls: Calls = [lambda factor: ops.expand(factor, v, False), lambda factor: plain_expand(factor, v)]
     ours, plain = _time(row, calls, inputs)
     return replace(row, bytes=num_bytes, ours=ours, plain=plain, copy=time_copy(num_bytes, row.device, row.repeats))
+
+
+def _fold(row: OpRow) -> OpRow:
+    """The carriers are read as they are; that each call leaves zeros in them changes nothing about its time."""
+    case, v = row.case, projection_of(row.case, row.device)
+    num_bytes = 2 * case.out * (case.width + case.groups) * case.itemsize
+    inputs = _rotated(row, num_bytes, (case.out, case.width), (case.out, case.groups))
+    keep = torch.tensor(KEPT, dtype=torch.float64)
+
+    def ours(weight: Tensor, carrier: Tensor) -> Tensor:
+        fold.fold([weight], [carrier], [v], keep)
+        return weight
+
+    calls: Calls = [ours, lambda weight, carrier: plain_fold(weight, carrier, v)]
+    own, plain = _time(row, calls, inputs)
+    return replace(row, bytes=num_bytes, ours=own, plain=plain, copy=time_copy(num_bytes, row.device, row.repeats))
 
 
 def _weight_gradient(row: OpRow) -> OpRow:

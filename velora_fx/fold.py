@@ -30,10 +30,7 @@ def fold_reference(weights: Sequence[Tensor], carriers: Sequence[Tensor], vs: Se
         for block, step, signs in _blocks(weight, carrier, v.sign().to(weight.dtype)):
             if not is_kept:
                 block.mul_(keep)
-            if weight.itemsize < 4:  # addcmul_ is not vectorized there
-                block.add_(step * signs)
-            else:
-                block.addcmul_(step, signs)
+            block.addcmul_(step, signs)
         carrier.zero_()
 
 

@@ -99,6 +99,7 @@ class Folding:
         if not held:
             return None
         self.stepping[id(optimizer)] = held
+        torch._foreach_zero_([item.carrier for item, _ in held])  # after `to_empty` they hold anything
         is_positional = len(args) > 1  # behind the optimizer itself
         closure = args[1] if is_positional else kwargs.get("closure")
         if closure is None:
@@ -122,7 +123,7 @@ class Folding:
         for key, shards in together.items():
             keep = torch.as_tensor(keeps[key], dtype=torch.float64)
             if skipped is not None:  # the step itself looks at it, so that nothing has to wait for the device
-                keep = torch.where(skipped.bool(), 1.0, keep)
+                keep = torch.where(skipped.bool(), 1.0, keep.to(skipped.device))
             fold([s.weight for s in shards], [s.carrier for s in shards], [s.v for s in shards], keep)
         _scale(held, inverse=True)
 
