@@ -169,7 +169,7 @@ def test_operators_are_timed_without_transformers(
     monkeypatch.setattr(bench, "op_cases", cases)
     monkeypatch.setattr(timing, "CPU_ROTATED_BYTES", mib)
     assert bench.main(["ops", "--device", "cpu", "--repeats", "2", "--results", str(tmp_path)]) == 0
-    assert rows_in(tmp_path / "ops.jsonl")[2]["rebuilt_by"] == "x̂ rebuilt (no PEFT here)"
+    assert rows_in(tmp_path / "ops.jsonl")[3]["rebuilt_by"] == "x̂ rebuilt (no PEFT here)"
 
 
 @pytest.mark.parametrize("place", ["file", "file/folder", "taken"])

@@ -4,6 +4,7 @@
   ops    the operators against a copy of the same bytes, plain ATen, dense products and PEFT's VeLoRA
   step   whole training steps against eager, torch.compile, exact recompute by the compiler, and checkpointing
   lora   steps with LoRA adapters against PEFT's LoRA and PEFT's VeLoRA
+  full7b all weights of Llama 7B with AdamW in 24 GiB of a GPU, and what plain PyTorch can do there
 
 Nothing is timed before the operators are checked against float64 on this device. Every time is a median with the
 distance between the quartiles (±); every ratio is of one run.
@@ -14,8 +15,9 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,8 +28,10 @@ from tqdm import tqdm
 if importlib.util.find_spec("velora_fx") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench_full7b import FULL_CASES, FULL_WAYS, LEAST_STEPS, FullRow, full_rows, full_table
+from bench_full7b_train import measure_full_apart
 from bench_lora import LORA_CASES, LORA_WAYS
-from bench_numerics import operator_complaints, training_complaints
+from bench_numerics import fold_complaints, operator_complaints, training_complaints
 from bench_ops import OPERATORS, REPEATS, OpRow, measure_op, op_cases
 from bench_ops_table import op_tables
 from bench_results import Header, append_rows, header_of, require_appendable
@@ -37,10 +41,15 @@ from bench_train import TrainRow, measure_apart, rows_for
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 TRAINED = {"step": (STEP_WAYS, STEP_CASES, "compile"), "lora": (LORA_WAYS, LORA_CASES, "lora-compiled")}
+NAMES: dict[str, tuple[Mapping[str, Any], Mapping[str, Mapping[str, Any]]]] = {
+    **{name: (ways, cases) for name, (ways, cases, _) in TRAINED.items()}, "full7b": (FULL_WAYS, FULL_CASES),
+}  # fmt: skip
 NEEDS: dict[str, dict[str, str]] = {
     "ops": {}, "step": {"transformers": "5.0"}, "lora": {"transformers": "5.0", "peft": "0.20"},
+    "full7b": {"transformers": "5.0"},
 }  # fmt: skip
 STEP_REPEATS = {("cpu", True): 3, ("cpu", False): 10, ("cuda", True): 3, ("cuda", False): 10}
+LEAST = {"repeats": 1, "batch_size": 1, "seq_len": 1, "sub_token_size": 2, "steps": LEAST_STEPS}
 QUICK_CUDA_MODELS = ("llama-130m",)
 NOT_QUICK_ROWS = (
     "compile-budget-0.5", "compile+checkpointing", "velora-compiled-v+down", "velora-compiled-all-exact",
@@ -50,11 +59,13 @@ rows:
   ops    {", ".join(OPERATORS)}
   step   {", ".join(STEP_WAYS)}
   lora   {", ".join(LORA_WAYS)}
+  full7b {", ".join(FULL_WAYS)}
   --quick leaves out {", ".join(NOT_QUICK_ROWS)}
 
 models:
   cpu    {", ".join(STEP_CASES["cpu"])}
   cuda   {", ".join(STEP_CASES["cuda"])} (lora: no ViT; --quick: {", ".join(QUICK_CUDA_MODELS)})
+  full7b {", ".join(FULL_CASES["cuda"])} on cuda, by default {next(iter(FULL_CASES["cpu"]))} on cpu, or llama-tiny
 
 examples:
   A first look at the operators, in a minute:
@@ -65,8 +76,15 @@ examples:
     python tools/bench.py step --device cuda --models llama-350m --batch-size 4
   LoRA, with the rows for machines in a folder of its own:
     python tools/bench.py lora --results /tmp/results
+  All of Llama 7B in 24 GiB of a GPU; the same in small on a CPU:
+    python tools/bench.py full7b --device cuda
+    python tools/bench.py full7b --device cpu
+  The same GPU with 20 GiB, velora_fx alone, for longer:
+    python tools/bench.py full7b --budget-gb 20 --rows velora-factored-compiled --steps 200
 
-exit codes: 0 done, 1 a row failed (its cell says why) or the operators are wrong on this device, 2 bad input"""
+exit codes: 0 done, 1 a row failed (its cell says why) or the operators are wrong on this device, 2 bad input
+  of full7b the velora row fails if it does not fit, its loss does not fall, or its peak is 5% off the predicted one;
+  that another runs out of memory is its result"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -90,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return FAILED
-    return run_ops(args, header) if args.benchmark == "ops" else run_training(args, header)
+    runs = {"ops": run_ops, "full7b": run_full}
+    return runs.get(args.benchmark, run_training)(args, header)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -98,8 +117,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(
         "bench.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parsers = parser.add_subparsers(dest="benchmark", required=True, metavar="ops|step|lora")
-    for name in ("ops", *TRAINED):
+    parsers = parser.add_subparsers(dest="benchmark", required=True, metavar="ops|step|lora|full7b")
+    for name in ("ops", *NAMES):
         _add_arguments(
             parsers.add_parser(name, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter), name
         )
@@ -110,10 +129,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if importlib.util.find_spec(package) is None:
             parser.error(f'{args.benchmark} needs {package}: pip install "{package}>={version}"')
     _check_names(parser, args)
-    for name in ("repeats", "batch_size", "seq_len", "sub_token_size"):
-        least = 2 if name == "sub_token_size" else 1
+    for name, least in LEAST.items():
         if (size := getattr(args, name, None)) is not None and size < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {size}")
+    if (budget_gb := getattr(args, "budget_gb", None)) is not None and not 0 < budget_gb < math.inf:
+        parser.error(f"--budget-gb must be a positive number of GiB, got {budget_gb:g}")
     try:
         require_appendable(args.results / f"{args.benchmark}.jsonl")
     except OSError as error:
@@ -125,16 +145,23 @@ def _add_arguments(parser: argparse.ArgumentParser, benchmark: str) -> None:
     add = parser.add_argument
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", choices=("cpu", "cuda"), default=device, help="default here: %(default)s")
-    add("--quick", action="store_true", help="fewer sizes and repeats: minutes")
     add("--rows", metavar="NAME,NAME", help="of those below (default: all)")
-    add("--repeats", type=int, metavar="N",
-        help="times taken of each row; on CUDA one of a training step is the mean of several back to back")  # fmt: skip
     add("--results", type=Path, metavar="DIR", default=Path(__file__).resolve().parent / "results",
         help="folder of the .jsonl files that rows are appended to (default: tools/results)")  # fmt: skip
+    if benchmark == "full7b":
+        add("--steps", type=int, metavar="N", default=20, help="of training, in each row (default: %(default)s)")
+        add("--budget-gb", type=float, metavar="GIB",
+            help="in GiB, with the CUDA context (default: 24 on cuda, on cpu each model's own)")  # fmt: skip
+    else:
+        add("--quick", action="store_true", help="fewer sizes and repeats: minutes")
+        add("--repeats", type=int, metavar="N",
+            help="times taken of each row; on CUDA one of a step is the mean of several back to back")  # fmt: skip
     if benchmark != "ops":
-        add("--models", metavar="NAME,NAME", help="of those below (default: all of the device)")
+        models = "the first of the device" if benchmark == "full7b" else "all of the device"
+        add("--models", metavar="NAME,NAME", help=f"of those below (default: {models})")
         add("--batch-size", type=int, metavar="N", help="texts or images of a batch (default: each model's own)")
         add("--seq-len", type=int, metavar="N", help="tokens of a text (default: each model's own)")
+    if benchmark in TRAINED:
         add("--sub-token-size", type=int, metavar="M", default=32,
             help="wanted; each width takes its nearest divisor (default: %(default)s)")  # fmt: skip
 
@@ -143,14 +170,16 @@ def _check_names(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     """Turns lists of names into tuples, all of them by default."""
     allowed: dict[str, tuple[str, ...]] = {"rows": OPERATORS}
     if args.benchmark != "ops":
-        ways, cases, _ = TRAINED[args.benchmark]
+        ways, cases = NAMES[args.benchmark]
         allowed = {"rows": tuple(ways), "models": tuple(cases[args.device])}
     for name, values in allowed.items():
         given = getattr(args, name)
         chosen = values if given is None else tuple(given.split(","))
         for unknown in set(chosen) - set(values):
             parser.error(f"--{name} must be some of {','.join(values)}, got {unknown!r}")
-        if given is None and args.quick:
+        if given is None and args.benchmark == "full7b":
+            chosen = values[:1] if name == "models" else values
+        elif given is None and args.quick:
             chosen = tuple(value for value in chosen if value not in NOT_QUICK_ROWS)
             chosen = QUICK_CUDA_MODELS if name == "models" and args.device == "cuda" else chosen
         setattr(args, name, chosen)
@@ -161,6 +190,8 @@ def complaints_of(args: argparse.Namespace) -> list[str]:
     try:
         if args.benchmark == "ops":
             return operator_complaints(op_cases(args.device, args.quick), args.device)
+        if args.benchmark == "full7b":
+            return [*fold_complaints(args.device), *training_complaints(args.device, "")]
         return training_complaints(args.device, "lora" if args.benchmark == "lora" else "")
     except Exception as error:  # an operator that cannot run is as wrong as one with wrong results
         return [f"{type(error).__name__}: {error}"]
@@ -199,18 +230,24 @@ def run_training(args: argparse.Namespace, header: Header) -> int:
     return _finish(rows, train_table(rows, over))
 
 
+def run_full(args: argparse.Namespace, header: Header) -> int:
+    """Trains inside the budget, each row in a process of its own."""
+    rows = _measured(full_rows(args), measure_full_apart, args, header)
+    return _finish(rows, full_table(rows))
+
+
 def _measured(
     asked: Sequence[Any], measure: Callable[[Any], Any], args: argparse.Namespace, header: Header
 ) -> list[Any]:
     """The rows with their figures, each appended to the file as soon as it has them."""
-    rows: list[OpRow | TrainRow] = []
+    rows: list[OpRow | TrainRow | FullRow] = []
     for row in tqdm(asked, desc=args.benchmark, unit="row", disable=None, file=sys.stderr):
         rows.append(measure(row))
         append_rows(args.results / f"{args.benchmark}.jsonl", header, [{**asdict(rows[-1]), **derived(rows[-1])}])
     return rows
 
 
-def _finish(rows: Sequence[OpRow | TrainRow], table: str) -> int:
+def _finish(rows: Sequence[OpRow | TrainRow | FullRow], table: str) -> int:
     """Tells in full why rows failed, then prints the table, whose cells are short; returns the exit code."""
     failed = [row for row in rows if row.error is not None]
     for row in failed:
@@ -219,7 +256,7 @@ def _finish(rows: Sequence[OpRow | TrainRow], table: str) -> int:
     return FAILED if failed else DONE
 
 
-def derived(row: OpRow | TrainRow) -> dict[str, float | None]:
+def derived(row: OpRow | TrainRow | FullRow) -> dict[str, float | None]:
     """The figures of a row that follow from others."""
     if isinstance(row, OpRow):
         return {"share_of_copy_bandwidth": row.share, "bound_seconds": row.bound_seconds, "over_bound": row.to_bound}

@@ -13,7 +13,8 @@ from bench_ops import KEPT, OpCase, projection_of, torch_dtype
 from bench_train import TrainRow, Way, prepare
 from torch import Tensor, nn
 
-from velora_fx import fold, ops
+from velora_fx import ops
+from velora_fx.fold import fold
 from velora_fx.region import Region
 
 ROWS = 515  # no multiple of what kernels take at once
@@ -53,12 +54,33 @@ def _operators(case: OpCase, device: str) -> Iterator[tuple[str, Tensor, Tensor]
     yield "expand, transposed,", ops.expand(factor, v, True), truth
     weight, carrier = torch.randn(factor.shape[0], case.width, generator=generator, device=device).to(dtype), factor
     truth = KEPT * weight.double() + (carrier.double().unsqueeze(-1) * v.double().sign()).flatten(1)
-    fold.fold([weight], [carrier], [v], torch.tensor(KEPT, dtype=torch.float64))
+    fold([weight], [carrier], [v], torch.tensor(KEPT, dtype=torch.float64))
     yield "fold", weight, truth
     weight = torch.zeros(case.out, case.width, dtype=dtype, device=device, requires_grad=True)
     ops.linear(x, weight, None, z, v, None).backward(dy)  # type: ignore[no-untyped-call]
     assert weight.grad is not None
     yield "dW", weight.grad, ((dy.double().t() @ z.double()).unsqueeze(-1) * v.double()).flatten(1)
+
+
+def fold_complaints(device: str) -> list[str]:
+    """What is wrong with spreading factored updates over weights in both layouts, held against float64."""
+    found = []
+    generator = torch.Generator(device).manual_seed(0)
+    keep = torch.tensor(0.75, dtype=torch.float64)
+    for dtype in (torch.float32, torch.bfloat16):
+        for is_transposed in (False, True):
+            weight, carrier, v = (
+                torch.randn(*size, generator=generator, device=device).to(dtype)
+                for size in ((ROWS, 96), (ROWS, 12), (12, 8))
+            )
+            weight = weight.t().contiguous().t() if is_transposed else weight
+            truth = weight.double() * 0.75 + (carrier.double().unsqueeze(-1) * v.double().sign()).flatten(1)
+            fold([weight], [carrier], [v], keep)
+            error, bound = relative_error(weight, truth), max(FLOAT_BOUND, 2 * torch.finfo(dtype).eps)
+            if not error <= bound or carrier.any():
+                layout = "transposed" if is_transposed else "as is"
+                found.append(f"fold, {dtype}, {layout}: relative error {error:.2g}, allowed {bound:.2g}")
+    return found
 
 
 def tiny_models(device: str, adapter: str) -> tuple[nn.Module, nn.Module, dict[str, Tensor]]:

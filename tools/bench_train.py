@@ -9,11 +9,11 @@ import math
 import multiprocessing
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accuracy_models import batch_of
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import velora_fx
 from velora_fx.overhead import WORKSPACES
 
+Row = TypeVar("Row", bound=Any)  # a dataclass with an `error`
 WARM_UP_STEPS = 3  # besides the first; on CUDA optimize measures a peak of its own until the second has ended
 MAX_GRAD_NORM = 1.0
 # Of exact gradients: in bfloat16 two exact ways to compute one differ by 0.03 already in small Llamas and ViTs.
@@ -92,10 +93,15 @@ class TrainRow:
 
 
 def measure_apart(row: TrainRow) -> TrainRow:
-    """`measure` in a process of its own, so that no cache, fragment or crash of one reaches another."""
+    """`measure` in a process of its own."""
+    return apart(measure, row)
+
+
+def apart(measured: Callable[[Row], Row], row: Row) -> Row:
+    """Measures a row in a process of its own, so that no cache, fragment or crash of one reaches another."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
-            return pool.submit(measure, row).result()
+            return pool.submit(measured, row).result()
         except BrokenProcessPool:
             return replace(row, error="its process died")
 

@@ -13,7 +13,6 @@ from velora_fx.blocks import Block, find_recomputable
 from velora_fx.candidates import Candidate, find_candidates, full_name
 from velora_fx.checkpointing import Recompute, install_checkpointing
 from velora_fx.factorable import not_factorable
-from velora_fx.folding import holding
 from velora_fx.installing import RegionPlan, install, region_plans
 from velora_fx.kept import KeptTensors
 from velora_fx.optimizers import optimizer_factory
@@ -23,6 +22,7 @@ from velora_fx.plans import Input, Skipped
 from velora_fx.probe import Findings, Use, probe
 from velora_fx.regions import child_regions, find_regions
 from velora_fx.rehearsal import Rehearsal
+from velora_fx.stand_in import uninstall
 from velora_fx.timeline import Peak, Timeline
 from velora_fx.tracker import Tracker
 
@@ -125,10 +125,12 @@ def analyse(
         by_blocks = rehearsal.is_compiled and (by_blocks or bool(actions.recomputed))
         fake = rehearsal.fake_model(by_blocks)
         plans = region_plans(findings, (*candidates, *sharing), actions.sizes, options.is_factored)
-        regions = install(fake, plans, options.seed)
+        install(fake, plans, options.seed)
         install_checkpointing(fake, actions.recomputed)
-        with holding(regions):
+        try:
             return _simulate(rehearsal, fake, findings, compiler_recomputes, by_blocks)
+        finally:
+            uninstall(fake)  # and lets its carriers' optimizer go
 
     return Analysis(
         findings=findings,

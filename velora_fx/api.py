@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from velora_fx.analysis import analyse
 from velora_fx.arguments import example_call
@@ -194,15 +195,29 @@ def load_state_dict(model: Model, state: Mapping[str, Any], example_inputs: Any 
 
 
 def _apply_or_wait(model: torch.nn.Module, request: Request, example_inputs: Any) -> None:
+    is_factored = request.options.is_factored or (request.plan is not None and request.plan.is_factored)
+    if is_factored:
+        _check_unwrapped(model)
     if example_inputs is not None:
         apply(model, request, *_checked_call(model, example_inputs))
-    elif request.options.is_factored or (request.plan is not None and request.plan.is_factored):
+    elif is_factored:
         raise ValueError(
             "factored gradients need example_inputs: the optimizer, DDP and FSDP must find the carriers of the weights "
             "and are made before the first forward"
         )
     else:
         wait(model, request)
+
+
+def _check_unwrapped(model: torch.nn.Module) -> None:
+    """Refuses a model whose gradients someone has arranged to reduce before there are carriers."""
+    for name, module in model.named_modules():
+        is_sharded = any(is_traceable_wrapper_subclass(p) for p in module.parameters(recurse=False))
+        if is_sharded or isinstance(module, torch.nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                f"factored gradients come before DDP and FSDP, and {name or 'the model'} is wrapped already: call "
+                "velora_fx.optimize on the plain model first"
+            )
 
 
 def _what_is_installed(plan: Plan) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from velora_fx.module_state import CARRIER, carriers_of
+from velora_fx.module_state import CARRIER, carriers_of, leave_out, own_carriers
 from velora_fx.region import Region
 
 
@@ -27,15 +27,7 @@ def add_carriers(region: Region) -> None:
         weight = region.block.get_parameter(carrier.parameter)
         shape = list(weight.shape)
         shape[carrier.input_dim] = v.shape[0]
-        put_carrier(module, name, torch.nn.Parameter(weight.new_zeros(shape)))
-
-
-def put_carrier(module: torch.nn.Module, name: str, carrier: torch.nn.Parameter) -> None:
-    """Registers a carrier on the module of its weight."""
-    module.register_parameter(name, carrier)
-    weight_of(module, name).requires_grad_(False)
-    module.register_state_dict_post_hook(_leave_out)  # type: ignore[no-untyped-call]
-    module.register_load_state_dict_pre_hook(_fill_in)  # type: ignore[no-untyped-call]
+        _put(module, name, torch.nn.Parameter(weight.new_zeros(shape)))
 
 
 def remove_carriers(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -44,11 +36,13 @@ def remove_carriers(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     for full in carriers:
         owner, _, name = full.rpartition(".")
         module = model.get_submodule(owner)
-        weight_of(module, name).requires_grad_(True)
+        module.get_parameter(name.removesuffix(CARRIER)).requires_grad_(True)
         delattr(module, name)
+        if own_carriers(module):
+            continue
         for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
             for key, hook in list(hooks.items()):
-                if getattr(hook, "hook", hook) in (_leave_out, _fill_in):
+                if getattr(hook, "hook", hook) in (leave_out, _fill_in):
                     del hooks[key]
     return carriers
 
@@ -57,24 +51,24 @@ def put_back(model: torch.nn.Module, carriers: Mapping[str, torch.nn.Parameter])
     """The inverse of `remove_carriers`."""
     for full, carrier in carriers.items():
         owner, _, name = full.rpartition(".")
-        put_carrier(model.get_submodule(owner), name, carrier)
+        _put(model.get_submodule(owner), name, carrier)
 
 
-def weight_of(module: torch.nn.Module, carrier: str) -> torch.nn.Parameter:
-    """The weight in the module that a carrier in it stands for."""
-    return module.get_parameter(carrier.removesuffix(CARRIER))
+def _put(module: torch.nn.Module, name: str, carrier: torch.nn.Parameter) -> None:
+    weight = module.get_parameter(name.removesuffix(CARRIER))
+    weight.requires_grad_(False)
+    weight.grad = None  # of training before: nothing would step or clear it
+    if not own_carriers(module):
+        module.register_state_dict_post_hook(leave_out)  # type: ignore[no-untyped-call]
+        module.register_load_state_dict_pre_hook(_fill_in)  # type: ignore[no-untyped-call]
+    module.register_parameter(name, carrier)
 
 
-def _leave_out(module: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    for name in _own(module):
-        state.pop(prefix + name, None)
-
-
-def _fill_in(module: torch.nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Gives a strict load what it looks for: the carriers that are there."""
-    for name, carrier in _own(module).items():
-        state[prefix + name] = carrier
-
-
-def _own(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    return {name: carrier for name, carrier in carriers_of(module).items() if "." not in name}
+def _fill_in(module: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any, *_: Any) -> None:
+    """Gives a strict load what it looks for: the carriers that are there or, to be assigned, zeros like the weight."""
+    for name, carrier in own_carriers(module).items():
+        weight = state.get(prefix + name.removesuffix(CARRIER))
+        if metadata.get("assign_to_params_buffers") and isinstance(weight, torch.Tensor):
+            state[prefix + name] = weight.new_zeros(carrier.shape)
+        else:
+            state[prefix + name] = carrier

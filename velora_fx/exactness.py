@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -47,6 +48,19 @@ def check_exactness(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) 
     )
 
 
+def settings_of(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What of a group's settings exactness may depend on: whether numbers are zero, not what schedules make of them."""
+
+    def kind(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return tuple(map(kind, value))
+        if isinstance(value, (bool, str, type(None))):
+            return value
+        return bool(value) if isinstance(value, (int, float)) else type(value)
+
+    return tuple((name, kind(value)) for name, value in group.items() if name not in ("params", "lr", "initial_lr"))
+
+
 def kept_share(group: Mapping[str, Any]) -> Any:
     """What decoupled weight decay leaves of a weight in one step: a number, or a tensor where the rate is one."""
     decay = group.get("weight_decay") or 0.0
@@ -54,12 +68,14 @@ def kept_share(group: Mapping[str, Any]) -> Any:
 
 
 def _is_exact(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
-    settings = {**group, **{name: value for name, value in PLAIN.items() if name in group}}
+    settings = {name: PLAIN.get(name, value) for name, value in group.items() if name != "params"}
     for value in vars(optimizer).values():
         if isinstance(value, (torch.optim.Optimizer, torch.nn.Module)):  # a copy would step it
             raise TypeError(f"it has a {type(value).__name__} of its own")
     try:
-        return _agree(lambda parameter: copy_optimizer(optimizer, [{**settings, "params": [parameter]}]), settings)
+        return _agree(
+            lambda parameter: copy_optimizer(optimizer, [{**copy.deepcopy(settings), "params": [parameter]}]), settings
+        )
     except KeyError:  # its constructor makes the state, as Adagrad's does
         accepted = inspect.signature(type(optimizer)).parameters
         chosen = {name: value for name, value in settings.items() if name in accepted and name != "params"}

@@ -16,7 +16,6 @@ from velora_fx.candidates import LARGEST_SUB_TOKEN
 from velora_fx.carriers import put_back, remove_carriers
 from velora_fx.checkpointing import Checkpointed, install_checkpointing
 from velora_fx.first_forward import STATE, FirstForward, Request
-from velora_fx.folding import Folding
 from velora_fx.installing import install
 from velora_fx.measured_report import mismatch_text
 from velora_fx.measuring import Measurement
@@ -31,13 +30,11 @@ from velora_fx.timeline import Measured
 
 @dataclass
 class Installed:
-    """What `optimize` leaves on a model: its plan, its regions, its checkpointed blocks, what steps the weights with
-    factored gradients, and a pending measurement."""
+    """What `optimize` leaves on a model: its plan, its regions, its checkpointed blocks, and a pending measurement."""
 
     plan: Plan
     regions: list[Region]
     checkpointed: list[Checkpointed]
-    folding: Folding | None = None
     measurement: Measurement | None = None
 
     def take(self, measured: Measured) -> None:
@@ -77,8 +74,7 @@ def apply(model: torch.nn.Module, request: Request, args: tuple[Any, ...], kwarg
         _put_back(model, before, carriers)
         raise
     made = replace(made, measured=None) if made.measured is not None else made  # that was another run
-    folding = Folding(regions) if any(region.carriers for region in regions) else None
-    installed = Installed(made, regions, checkpointed, folding)
+    installed = Installed(made, regions, checkpointed)
     setattr(model, STATE, installed)
     watch = _watch(model, made)
     if options.measure or (made.device == "cuda" and torch.cuda.is_available()):
@@ -89,15 +85,13 @@ def _put_back(
     model: torch.nn.Module, before: Installed | FirstForward | None, carriers: Mapping[str, torch.nn.Parameter]
 ) -> None:
     """The inverse of `take_out`."""
+    put_back(model, carriers)
     for stand_in in _stand_ins(before):
         stand_in.install()
-    put_back(model, carriers)
     if before is not None:
         setattr(model, STATE, before)
     if isinstance(before, Installed):
         _watch(model, before.plan)
-        if before.folding is not None:
-            before.folding.hold()
 
 
 def _filter_of(plan: Plan) -> Callable[[torch.nn.Module, str], bool]:
@@ -128,17 +122,21 @@ def wait(model: torch.nn.Module, request: Request) -> None:
 def take_out(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Gives every module its own forward back, also those of optimised models that are parts of this one, and its
     weights their gradients; returns the carriers that stood for those."""
+    forwards = [vars(module).get("forward") for module in model.modules()]
     for module in model.modules():
         state = vars(module).pop(STATE, None)
         if isinstance(state, Installed) and state.measurement is not None:
             state.measurement.cancel()
-        if isinstance(state, Installed) and state.folding is not None:
-            state.folding.release()
+        forwards += _stand_ins(state)
         for stand_in in _stand_ins(state):
             stand_in.remove()  # also where a wrapper took its place
+    foldings = {f.folding for f in forwards if isinstance(f, Region) and f.folding is not None}
     uninstall(model)
     unwatch(model)
-    return remove_carriers(model)
+    carriers = remove_carriers(model)
+    for folding in foldings:
+        folding.retire(carriers.values())
+    return carriers
 
 
 def _stand_ins(state: Installed | FirstForward | None) -> list[StandIn]:

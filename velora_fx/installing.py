@@ -9,6 +9,7 @@ import torch
 
 from velora_fx.candidates import Candidate, full_name
 from velora_fx.carriers import add_carriers
+from velora_fx.folding import Folding
 from velora_fx.graphs import RegionGraph
 from velora_fx.passes.swap import Carrier, Choice
 from velora_fx.probe import Findings, Use
@@ -61,7 +62,7 @@ def install(model: torch.nn.Module, plans: Mapping[str, RegionPlan], seed: int) 
     """Installs the regions, with the carriers of their weights; those with the same graphs and choices share their
     rewritten graphs."""
     shared: dict[tuple[object, ...], list[RegionGraph]] = {}
-    regions = []
+    regions, folding = [], Folding()
     for name, plan in plans.items():
         block = model.get_submodule(name)
         key = (*(id(graph) for graph in plan.graphs), *plan.choices.items())
@@ -76,7 +77,9 @@ def install(model: torch.nn.Module, plans: Mapping[str, RegionPlan], seed: int) 
             for choice in plan.choices.values()
         }  # fmt: skip
         region = Region(name, block, plan.choices, projections, shared[key])
+        if region.carriers:
+            add_carriers(region)
+            region.folding = folding
         region.install()
-        add_carriers(region)
         regions.append(region)
     return regions

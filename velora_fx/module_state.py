@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 CARRIER = "_carrier"
@@ -9,16 +11,30 @@ CARRIER = "_carrier"
 
 def state_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The live parameters and buffers of a module by dotted name, tied ones once, but for carriers."""
-    parameters = dict(module.named_parameters())
-    own = {name: tensor for name, tensor in parameters.items() if not _is_carrier(name, parameters)}
+    carriers = carriers_of(module)
+    own = {name: tensor for name, tensor in module.named_parameters() if name not in carriers}
     return {**own, **dict(module.named_buffers())}
 
 
 def carriers_of(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The live carriers of a module by dotted name: that of their weight with "_carrier" after it."""
-    parameters = dict(module.named_parameters())
-    return {name: tensor for name, tensor in parameters.items() if _is_carrier(name, parameters)}
+    return {
+        f"{name}.{own}" if name else own: carrier
+        for name, child in module.named_modules()
+        for own, carrier in own_carriers(child).items()
+    }
 
 
-def _is_carrier(name: str, parameters: dict[str, torch.nn.Parameter]) -> bool:
-    return name.endswith(CARRIER) and name.removesuffix(CARRIER) in parameters
+def own_carriers(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Those among the module's own parameters; of a module that leaves none out of its state dict there are none."""
+    if leave_out not in module._state_dict_hooks.values():
+        return {}
+    own = module._parameters
+    found = {name: carrier for name, carrier in own.items() if name.removesuffix(CARRIER) in own}
+    return {name: carrier for name, carrier in found.items() if name.endswith(CARRIER) and carrier is not None}
+
+
+def leave_out(module: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """The hook on the state dict of a module with carriers, by which it is known."""
+    for name in own_carriers(module):
+        state.pop(prefix + name, None)

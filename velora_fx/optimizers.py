@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections import defaultdict
 from collections.abc import Callable
@@ -59,7 +60,7 @@ def _copy_of(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> Optimi
     def make(copied: torch.nn.Module) -> torch.optim.Optimizer:
         parameters = dict(copied.named_parameters())
         groups = [
-            {**group, "params": [_stepped(parameters, names[id(p)]) for p in group["params"]]}
+            {**group, "params": list(dict.fromkeys(_stepped(parameters, names[id(p)]) for p in group["params"]))}
             for group in optimizer.param_groups
         ]
         return copy_optimizer(optimizer, groups)
@@ -68,18 +69,21 @@ def _copy_of(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> Optimi
 
 
 def copy_optimizer(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """An optimizer with the settings of another, for other parameter groups and without state.
+    """An optimizer with copies of the settings of another, for other parameter groups and without state.
 
     It is made without its constructor, whose arguments are not known; a scheduler's wrapper of `step` stays behind.
     """
     left = ("step", "grad_scale", "found_inf")  # the last two are there while a GradScaler steps it
     own = {name: value for name, value in vars(optimizer).items() if name not in left and not name.endswith("_hooks")}
+    own = {name: value for name, value in own.items() if name not in ("state", "param_groups")}
     made = type(optimizer).__new__(type(optimizer))
-    vars(made).update(own)
+    vars(made).update(copy.deepcopy(own))
     made.__setstate__({"state": defaultdict(dict), "param_groups": groups})
     return made
 
 
 def _stepped(parameters: dict[str, torch.nn.Parameter], name: str) -> torch.nn.Parameter:
-    """What an optimizer made after `optimize` would hold in place of a weight: its carrier, if it has one."""
-    return parameters.get(name + CARRIER, parameters[name])
+    """What an optimizer of the copy would hold in place of a weight or its carrier: the carrier, if there is one."""
+    weight = name if name in parameters else name.removesuffix(CARRIER)  # the copy may be without carriers
+    carrier = parameters.get(weight + CARRIER)
+    return parameters[weight] if carrier is None else carrier

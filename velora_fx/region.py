@@ -8,18 +8,21 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from velora_fx.arguments import flatten, without_empty_caches
 from velora_fx.graphs import Call, RegionGraph, find_graph, key_of, make_graph, with_frozen
 from velora_fx.limits import autocast_depth
-from velora_fx.module_state import carriers_of, state_of
+from velora_fx.module_state import CARRIER, carriers_of, state_of
 from velora_fx.passes import run
 from velora_fx.passes.find_products import find_products
 from velora_fx.passes.swap import Carrier, Choice, swap
 from velora_fx.stand_in import StandIn
+
+if TYPE_CHECKING:
+    from velora_fx.folding import Folding
 
 MAX_GRAPHS = 8
 CHECKPOINTED = "it is recomputed in backward (gradient checkpointing), so nothing is kept for it"
@@ -52,13 +55,34 @@ class Region(StandIn):
         chosen = [choice for choice in self.choices.values() if choice.carrier]
         self.carriers = tuple(dict.fromkeys(choice.carrier.name for choice in chosen if choice.carrier))
         self.graphs = graphs
+        self.folding: Folding | None = None
         self.warned = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy's weights are stepped as the original's are."""
+        vars(self).update(state)
+        if self.folding is not None and not self.removed:
+            self.folding.add(self)
+
+    def install(self) -> None:
+        """Makes this the forward of the block, whose carriers, if it has any, are in place."""
+        super().install()
+        if self.folding is not None:
+            self.folding.add(self)
+
+    def remove(self) -> None:
+        """Gives the block its own forward back."""
+        super().remove()
+        if self.folding is not None:
+            self.folding.discard(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.removed or not torch.is_grad_enabled():
             return self.original(*args, **kwargs)
         if not self.carriers and (not self.block.training or _inside_torch_func()):
             return self.original(*args, **kwargs)
+        if self.carriers and not torch.compiler.is_compiling():
+            self.freeze()
         reason = self.reason_for_none()
         if reason is not None:
             self.check_needless(reason)
@@ -81,6 +105,11 @@ class Region(StandIn):
             raise
         return graph.result(outputs)
 
+    def freeze(self) -> None:
+        """Freezes the weights with carriers again: `requires_grad_(True)` on the model or PEFT may have undone it."""
+        for name in self.carriers:
+            self.block.get_parameter(name.removesuffix(CARRIER)).requires_grad_(False)
+
     def reason_for_none(self) -> str | None:
         """Why no graph can stand for a call that is made now; None if one can."""
         if self.carriers and _inside_torch_func():
@@ -100,6 +129,9 @@ class Region(StandIn):
     def inputs(self, call: Call) -> list[torch.Tensor]:
         """What a graph is given: the call's tensors, the live carriers, and the projections."""
         carriers = carriers_of(self.block)
+        missing = [name for name in self.carriers if name not in carriers]
+        if missing:
+            self.check_needless(f"{missing[0]} is gone: restore the model, change it, and optimize it again")
         return [
             *call.tensors,
             *(carriers[name] for name in self.carriers),
@@ -156,6 +188,10 @@ class Region(StandIn):
         if not torch.compiler.is_compiling():
             self.placed = moved
         return list(moved.values())
+
+    def placed_by_name(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The same by the tensor's name."""
+        return dict(zip(self.projections, self.placed_on(device), strict=True))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

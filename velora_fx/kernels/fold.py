@@ -19,7 +19,9 @@ def fold(weights: Sequence[Tensor], carriers: Sequence[Tensor], vs: Sequence[Ten
     by one launch; one of the two strides of each is 1, as in a matrix and in its transpose.
     """
     together = sorted(zip(weights, carriers, vs, strict=True), key=_kind)
-    keep = keep.to(weights[0].device, torch.float64)
+    if keep.device != weights[0].device:  # a copy from the CPU would wait for the device
+        keep = torch.full((), float(keep), dtype=torch.float64, device=weights[0].device)
+    keep = keep.double()
     for _, group in groupby(together, _kind):
         _launch(list(group), keep)
 
