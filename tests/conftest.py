@@ -14,8 +14,8 @@ import torch
 torch.set_num_threads(1)  # there is a process for each core
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 BENCH = (
-    "bench", "bench_figures", "bench_models", "bench_numerics", "bench_ops", "bench_results", "bench_timing",
-    "bench_train",
+    "bench", "bench_figures", "bench_full7b", "bench_full7b_train", "bench_models", "bench_numerics", "bench_ops",
+    "bench_results", "bench_timing", "bench_train",
 )  # fmt: skip
 
 

@@ -126,7 +126,7 @@ def test_a_failed_operator_is_told_before_the_table(
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ([], "ops|step|lora"),
+        ([], "ops|step|lora|full7b"),
         (["speed"], "invalid choice"),
         (["ops", "--rows", "dX"], "--rows must be some of compress,expand,fold,dW, got 'dX'"),
         (["step", "--device", "cpu", "--models", "llama"], "--models must be some of llama-cpu, got 'llama'"),

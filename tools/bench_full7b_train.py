@@ -71,7 +71,8 @@ def _train(row: FullRow) -> FullRow:
     if row.way.factored:
         with _moment("planning"):
             example = dict.fromkeys(("input_ids", "labels"), texts[0].to(row.device))
-            velora_fx.optimize(model, row.budget_gb, example, gradients="factored", target="inductor")
+            target = "inductor" if row.way.compiled else "eager"
+            velora_fx.optimize(model, row.budget_gb, example, gradients="factored", target=target)
         plan = velora_fx.plan_of(model)
     step, optimizers = _step_of(model, row)
     losses: list[float] = []
