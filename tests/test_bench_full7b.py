@@ -197,7 +197,8 @@ def test_the_default_is_all_rows_of_the_first_model(tools: Any) -> None:
 
 @pytest.mark.slow
 def test_the_whole_command_runs_in_processes_of_its_own(tools: Any, tmp_path: Path) -> None:
-    assert tools.bench.main([*TINY, "--results", str(tmp_path)]) == 0
+    """Minutes: a compiled step of the tiny model misses its prediction by 12 KB, which is too much of its budget."""
+    assert tools.bench.main(["full7b", "--device", "cpu", "--results", str(tmp_path)]) == 0
     outcomes = {name: row["outcome"] for name, row in rows_in(tmp_path).items()}
     assert outcomes.pop(VELORA) == outcomes.pop("sgd-in-backward-checkpointing") == "fits"
     assert len(outcomes) == 3 and set(outcomes.values()) == {"over the budget"}
