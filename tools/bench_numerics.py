@@ -89,7 +89,8 @@ def tiny_models(device: str, adapter: str) -> tuple[nn.Module, nn.Module, dict[s
     dense, model = (make_model(row.model, adapter, device, row.dtype, row.sub_token_size) for _ in range(2))
     batch = batch_of(dense, row.batch_size, row.length)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    prepare(model, torch.optim.AdamW(trained), batch, row)
+    # So small a model is no faster compressed on a GPU.
+    prepare(model, torch.optim.AdamW(trained), batch, row, planned_on="cpu")
     return dense, model, batch
 
 

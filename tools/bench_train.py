@@ -188,9 +188,16 @@ def require_right(compressed_error: float | None, exact_error: float, dtype: tor
 
 
 def prepare(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], row: TrainRow
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: dict[str, Tensor],
+    row: TrainRow,
+    planned_on: str | None = None,
 ) -> velora_fx.Plan | None:
-    """Makes the model train as the row says, but for the compiler; returns the plan where there is one."""
+    """Makes the model train as the row says, but for the compiler; returns the plan where there is one.
+
+    `planned_on` is the device whose rates say what is faster compressed (default: the row's).
+    """
     target = "inductor" if row.way.compiled else "eager"
     if row.way.checkpointed:
         enable: Any = model.gradient_checkpointing_enable
@@ -199,12 +206,13 @@ def prepare(
         sizes = sub_token_sizes(model, row.sub_token_size)
         common: dict[str, Any] = {"sub_token_sizes": sizes, "target": target, "optimizer": optimizer}
         if row.way.adapter:  # adapters' products are small: they are compressed for memory, all of them
-            velora_fx.optimize(model, plan=_tightest(model, batch, common), example_inputs=batch, **common)
+            plan = _tightest(model, batch, {**common, "device": planned_on})
         else:
-            velora_fx.optimize(
+            plan = velora_fx.plan(
                 model, None, batch, objective="speed", max_approximation=math.log2(max(sizes)),
-                filter_fn=compressible(row.way.compresses), **common,
+                filter_fn=compressible(row.way.compresses), device=planned_on, **common,
             )  # fmt: skip
+        velora_fx.optimize(model, plan=plan, example_inputs=batch, **common)
         return velora_fx.plan_of(model)
     return velora_fx.plan(model, None, batch, target=target, optimizer=optimizer) if row.way.is_planned else None
 

@@ -105,7 +105,7 @@ def _compile(gm: GraphModule, inputs: Sequence[torch.Tensor], timer: StepTimer, 
         kernels: list[int] = []
         with without_kernels(), config.patch(_post_fusion_custom_pass=partial(_note_kernels, kernels)):
             code: Any = compile_fx_inner(graph, example_inputs, **options)
-        generated = code.current_callable
+        generated = _generated(code.current_callable)
         _allocate_fakes(generated, mode)
 
         def run(arguments: list[Any]) -> Any:
@@ -165,6 +165,13 @@ def without_kernels() -> Iterator[None]:
     finally:
         for name, compiler in compilers.items():
             setattr(AsyncCompile, name, compiler)
+
+
+def _generated(call: Any) -> Any:
+    """The generated code inside of what, on a GPU, first copies inputs that are not aligned."""
+    while "empty_strided_cpu" not in getattr(call, "__func__", call).__globals__:
+        call = next(cell.cell_contents for cell in call.__closure__ if callable(cell.cell_contents))
+    return call
 
 
 def _allocate_fakes(call: Any, mode: FakeTensorMode) -> None:
