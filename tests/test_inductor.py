@@ -16,7 +16,7 @@ from tests.graph_text import prepared
 from tests.toys import Block
 from velora_fx.devices import device_rates
 from velora_fx.fake import fake_copy, fake_mode
-from velora_fx.inductor import Inductor, without_kernels
+from velora_fx.inductor import Inductor, _generated, without_kernels
 from velora_fx.module_state import state_of
 from velora_fx.passes.kept_for_backward import Kept
 from velora_fx.step_time import StepTimer
@@ -147,3 +147,13 @@ def test_compilers_are_what_they_were_afterwards() -> None:
     with pytest.raises(KeyError), without_kernels():
         raise KeyError
     assert {name: vars(AsyncCompile)[name] for name in before} == before
+
+
+def test_generated_code_is_found_inside_of_what_aligns_its_inputs_on_a_gpu():
+    from torch._inductor.utils import align_inputs_from_check_idxs
+    from torch.utils._ordered_set import OrderedSet
+
+    generated: dict[str, Any] = {"empty_strided_cpu": None}
+    exec("def call(args): return args", generated)
+    wrapped = align_inputs_from_check_idxs(generated["call"], [0], OrderedSet())
+    assert wrapped is not generated["call"] and _generated(wrapped) is generated["call"]
