@@ -26,8 +26,9 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "RAdam": torch.optim.RAdam,
     "RAdam decoupled": partial(torch.optim.RAdam, weight_decay=0.3, decoupled_weight_decay=True),
     "Adamax": torch.optim.Adamax,
-    "RMSprop": torch.optim.RMSprop,
-    "RMSprop centered": partial(torch.optim.RMSprop, centered=True, momentum=0.9, lr=1e-3),
+    # At its default rate of 0.01 the loss rises, and every last bit with it.
+    "RMSprop": partial(torch.optim.RMSprop, lr=1e-4),
+    "RMSprop centered": partial(torch.optim.RMSprop, centered=True, momentum=0.9, lr=1e-5),
     "Adagrad": torch.optim.Adagrad,
     "Adadelta": torch.optim.Adadelta,
     "Rprop": torch.optim.Rprop,
@@ -49,7 +50,7 @@ def train(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step / 20))
     for step in range(steps):
         for part in range(accumulation):
-            loss_value((run or model)(**batch(accumulation * step + part))).backward()
+            loss_value((model if run is None else run)(**batch(accumulation * step + part))).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.05)
         optimizer.step()
         scheduler.step()

@@ -141,6 +141,7 @@ def hooks() -> int:
 
 
 def test_hooks_on_optimizers_are_there_as_long_as_the_model_is():
+    pair("stack")  # it stays
     gc.collect()
     other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     for _ in range(hooks()):

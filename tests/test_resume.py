@@ -27,6 +27,7 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, count:
 
 
 def first_half(path: Path) -> None:
+    torch.set_num_threads(1)
     model = stack()
     plan = tightest(model, (rows(),), gradients="factored", seed=5)
     velora_fx.optimize(model, plan=plan, example_inputs=(rows(),))
@@ -37,6 +38,7 @@ def first_half(path: Path) -> None:
 
 
 def second_half(path: Path) -> dict[str, torch.Tensor]:
+    torch.set_num_threads(1)
     states = torch.load(path, weights_only=True)
     model = stack()
     model.load_state_dict(states["model"], strict=True)
@@ -48,6 +50,7 @@ def second_half(path: Path) -> dict[str, torch.Tensor]:
 
 
 def whole() -> dict[str, torch.Tensor]:
+    torch.set_num_threads(1)
     model = stack()
     plan = tightest(model, (rows(),), gradients="factored", seed=5)
     velora_fx.optimize(model, plan=plan, example_inputs=(rows(),))

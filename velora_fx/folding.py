@@ -107,7 +107,7 @@ class Folding:
 
     def factored(self) -> Iterator[Factored]:
         """The live weights with carriers; modules may have got other parameters meanwhile (FSDP2)."""
-        for region in list(self.regions):
+        for region in sorted(self.regions, key=lambda region: region.name):
             for choice in region.choices.values():
                 if choice.carrier:
                     owner, _, weight = choice.carrier.parameter.rpartition(".")

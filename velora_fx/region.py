@@ -81,13 +81,13 @@ class Region(StandIn):
             return self.original(*args, **kwargs)
         if not self.carriers and (not self.block.training or _inside_torch_func()):
             return self.original(*args, **kwargs)
-        if self.carriers and not torch.compiler.is_compiling():
-            self.freeze()
         reason = self.reason_for_none()
         if reason is not None:
             self.check_needless(reason)
             self.warn(f"runs its original forward, exactly: {reason}")
             return self.original(*args, **kwargs)
+        if self.carriers and not torch.compiler.is_compiling():
+            self.freeze()
         call = make_call(self.block, args, kwargs)
         if self.carriers and is_checkpointed(self.block):
             with without_checkpointing(self.block):  # as it was captured
