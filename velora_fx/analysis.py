@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -120,18 +120,6 @@ def analyse(
         candidates, sharing = (*candidates, *sharing), ()
     _check_sizes(options, findings)
 
-    def simulate(actions: Actions, compiler_recomputes: bool = False, by_blocks: bool = False) -> Timeline:
-        progress("planned step")
-        by_blocks = rehearsal.is_compiled and (by_blocks or bool(actions.recomputed))
-        fake = rehearsal.fake_model(by_blocks)
-        plans = region_plans(findings, (*candidates, *sharing), actions.sizes, options.is_factored)
-        install(fake, plans, options.seed)
-        install_checkpointing(fake, actions.recomputed)
-        try:
-            return _simulate(rehearsal, fake, findings, compiler_recomputes, by_blocks)
-        finally:
-            uninstall(fake)  # and lets its carriers' optimizer go
-
     return Analysis(
         findings=findings,
         candidates=candidates,
@@ -145,8 +133,29 @@ def analyse(
         notes=_notes(rehearsal),
         is_compiled=rehearsal.is_compiled,
         is_factored=options.is_factored,
-        simulate=simulate,
+        simulate=_simulator(rehearsal, findings, (*candidates, *sharing), progress),
     )
+
+
+def _simulator(
+    rehearsal: Rehearsal, findings: Findings, candidates: Sequence[Candidate], progress: Callable[[str], None]
+) -> Callable[..., Timeline]:
+    """What simulates a step with actions on these candidates, as `Analysis` describes it."""
+    options = rehearsal.options
+
+    def simulate(actions: Actions, compiler_recomputes: bool = False, by_blocks: bool = False) -> Timeline:
+        progress("planned step")
+        by_blocks = rehearsal.is_compiled and (by_blocks or bool(actions.recomputed))
+        fake = rehearsal.fake_model(by_blocks)
+        plans = region_plans(findings, candidates, actions.sizes, options.is_factored)
+        install(fake, plans, options.seed)
+        install_checkpointing(fake, actions.recomputed)
+        try:
+            return _simulate(rehearsal, fake, findings, compiler_recomputes, by_blocks)
+        finally:
+            uninstall(fake)  # and lets its carriers' optimizer go
+
+    return simulate
 
 
 def _findings(rehearsal: Rehearsal, progress: Callable[[str], None]) -> Findings:
