@@ -50,6 +50,7 @@ def train(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step / 20))
     for step in range(steps):
         for part in range(accumulation):
+            torch.manual_seed(accumulation * step + part)  # of dropout in functions and of dropped paths
             loss_value((model if run is None else run)(**batch(accumulation * step + part))).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.05)
         optimizer.step()
