@@ -78,7 +78,7 @@ def _is_exact(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> boo
         )
     except KeyError:  # its constructor makes the state, as Adagrad's does
         accepted = inspect.signature(type(optimizer)).parameters
-        chosen = {name: value for name, value in settings.items() if name in accepted and name != "params"}
+        chosen = {name: value for name, value in settings.items() if name in accepted}
         return _agree(lambda parameter: type(optimizer)([parameter], **chosen), settings)
 
 

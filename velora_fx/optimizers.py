@@ -77,7 +77,8 @@ def copy_optimizer(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]
     own = {name: value for name, value in vars(optimizer).items() if name not in left and not name.endswith("_hooks")}
     own = {name: value for name, value in own.items() if name not in ("state", "param_groups")}
     made = type(optimizer).__new__(type(optimizer))
-    vars(made).update(copy.deepcopy(own))
+    shared = {id(value): value for value in own.values() if isinstance(value, torch.nn.Module)}  # may be a large model
+    vars(made).update(copy.deepcopy(own, shared))
     made.__setstate__({"state": defaultdict(dict), "param_groups": groups})
     return made
 
