@@ -13,7 +13,7 @@ from velora_fx.candidates import Candidate
 from velora_fx.checkpointing import Recompute
 from velora_fx.moments import Span, find_moments
 from velora_fx.overhead import tensors_within, with_overhead
-from velora_fx.solver import Item, Moment, choose, highest_levels
+from velora_fx.solver import RELATIVE_GAP, Item, Moment, choose, highest_levels
 from velora_fx.timeline import Peak, Timeline
 from velora_fx.updates import Freed, find_freed
 
@@ -53,9 +53,10 @@ class Search:
                 if fits is None:
                     fits = self._rung(middle)[1].tensor_bytes <= tensor_budget_bytes
                 low, high = (middle, high) if fits else (low, middle)
-            found = self._rung(low)
-            if found[1].tensor_bytes <= tensor_budget_bytes:
-                return found
+            for rung in (self._lowest_alike(low), low):
+                found = self._rung(rung)
+                if found[1].tensor_bytes <= tensor_budget_bytes:
+                    return found
         return self._at_one_size(tensor_budget_bytes)
 
     def _at_one_size(self, tensor_budget_bytes: int) -> tuple[Actions, Peak]:
@@ -79,8 +80,32 @@ class Search:
             return True
         return False if target + min(errors) - margin > tensor_budget_bytes else None
 
+    def _lowest_alike(self, rung: int) -> int:
+        """The lowest rung of the same cost: which of several solutions of that cost the solver finds is chance, and so
+        without it would be which of two budgets gets the lower peak."""
+        cost = self._cost(rung) * (1 + RELATIVE_GAP)
+        low = max((tried for tried in self._solved if tried < rung and self._cost(tried) > cost), default=0)
+        high = min((tried for tried in self._solved if low < tried <= rung and self._cost(tried) <= cost), default=rung)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._cost(middle) <= cost else (middle, high)
+        return high
+
+    def _cost(self, rung: int) -> float:
+        levels = self._levels(rung)
+        if levels is None:
+            return math.inf
+        return math.fsum(
+            item.costs[level - 1] for item, level in zip(self.items, levels, strict=True) if level and item.costs
+        )
+
+    def _levels(self, rung: int) -> tuple[int, ...] | None:
+        if rung not in self._solved:
+            self._solved[rung] = choose(self.items, self.moments, self._target(rung))
+        return self._solved[rung]
+
     def _rung(self, rung: int) -> tuple[Actions, Peak]:
-        levels = choose(self.items, self.moments, self._target(rung))
+        levels = self._levels(rung)
         if levels is None:
             return self.tightest
         if levels not in self._simulated:
@@ -95,6 +120,10 @@ class Search:
     @property
     def _rungs(self) -> int:
         return COMPILED_RUNGS if self.analysis.is_compiled else RUNGS
+
+    @cached_property
+    def _solved(self) -> dict[int, tuple[int, ...] | None]:
+        return {}
 
     @cached_property
     def _simulated(self) -> dict[tuple[int, ...], tuple[Actions, Peak]]:

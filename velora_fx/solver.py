@@ -9,7 +9,9 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-MAX_SOLUTIONS = 20
+MAX_SOLUTIONS = 20  # besides one for each moment
+MOMENTS_AT_ONCE = 3
+RELATIVE_GAP = 1e-4  # within which a cost is the least
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,9 @@ class Moment:
 def choose(items: Sequence[Item], moments: Sequence[Moment], budget_bytes: int) -> tuple[int, ...] | None:
     """Levels of least total cost such that no moment is above the budget; None if there are none.
 
-    A 0-1 program for HiGHS: variable (i, l) is 1 where item i is compressed at least to level l + 1. The least cost
-    is met within a relative gap of 1e-4, the budget to the byte.
+    A 0-1 program for HiGHS: variable (i, l) is 1 where item i is compressed at least to level l + 1. Few of the moments
+    matter: the program has those at which its solutions before were above the budget. The least cost is met within
+    RELATIVE_GAP, the budget to the byte.
     """
     everything = [len(item.savings) for item in items]
     if any(moment.bytes_at(items, everything) > budget_bytes for moment in moments):
@@ -57,19 +60,29 @@ def choose(items: Sequence[Item], moments: Sequence[Moment], budget_bytes: int) 
         return (0,) * len(items)
     starts = np.cumsum([0, *(len(item.costs) for item in items)])
     rows = [_saving_row(items, moment, starts) for moment in binding]
-    constraints = _constraints(items, binding, rows, starts, budget_bytes)
-    for _ in range(MAX_SOLUTIONS):
-        chosen = _solve(items, constraints)
-        if chosen is None:
-            break
+    constraints = _order_constraints(items, starts)
+    demanded: set[int] = set()
+    chosen = np.zeros(starts[-1], dtype=int)
+    for _ in range(MAX_SOLUTIONS + len(binding)):
         levels = _with_tied(items, [int(chosen[starts[i] : starts[i + 1]].sum()) for i in range(len(items))])
-        over = [row for row, moment in zip(rows, binding, strict=True) if moment.bytes_at(items, levels) > budget_bytes]
+        excess = [moment.bytes_at(items, levels) - budget_bytes for moment in binding]
+        over = [index for index, more in enumerate(excess) if more > 0]
         if not over:
             return _trimmed(items, binding, budget_bytes, levels)
-        # Within the solver's tolerance, but not to the byte: at least one more variable of the row has to be 1.
-        for row in over:
-            more = [(column, 1.0) for column, saving in row if saving > 0 and not chosen[column]]
+        for index in demanded.intersection(over):
+            # Within the solver's tolerance, but not to the byte: at least one more variable of the row has to be 1.
+            more = [(column, 1.0) for column, saving in rows[index] if saving > 0 and not chosen[column]]
             constraints.append(LinearConstraint(_matrix([more], int(starts[-1])), 1, np.inf))
+        missing = sorted(set(over) - demanded, key=lambda index: -excess[index])[:MOMENTS_AT_ONCE]
+        for index in missing:
+            needed = binding[index].peak_bytes - budget_bytes
+            savings = [(column, saving / needed) for column, saving in rows[index]]  # HiGHS has absolute tolerances
+            constraints.append(LinearConstraint(_matrix([savings], int(starts[-1])), 1, np.inf))
+        demanded.update(missing)
+        solution = _solve(items, constraints)
+        if solution is None:
+            break
+        chosen = solution
     highest = highest_levels(items)
     fits = all(moment.bytes_at(items, highest) <= budget_bytes for moment in binding)
     return _trimmed(items, binding, budget_bytes, highest) if fits else None
@@ -94,18 +107,9 @@ def _with_tied(items: Sequence[Item], levels: list[int]) -> list[int]:
     return [levels[index if item.tied_to is None else item.tied_to] for index, item in enumerate(items)]
 
 
-def _constraints(
-    items: Sequence[Item],
-    moments: Sequence[Moment],
-    rows: Sequence[Sequence[tuple[int, int]]],
-    starts: np.ndarray,
-    budget_bytes: int,
-) -> list[LinearConstraint]:
-    """Every moment within the budget, and the order of levels and of the items of a group."""
-    excess = [moment.peak_bytes - budget_bytes for moment in moments]
-    unit = max(excess)  # HiGHS works with absolute tolerances
-    savings = [[(column, saving / unit) for column, saving in row] for row in rows]
-    constraints = [LinearConstraint(_matrix(savings, int(starts[-1])), np.array(excess) / unit, np.inf)]
+def _order_constraints(items: Sequence[Item], starts: np.ndarray) -> list[LinearConstraint]:
+    """The order of levels and of the items of a group; and either an item or what covers it."""
+    constraints = []
     order = _order_rows(items, starts)
     if order:
         constraints.append(LinearConstraint(_matrix(order, int(starts[-1])), 0, np.inf))
@@ -126,7 +130,7 @@ def _solve(items: Sequence[Item], constraints: Sequence[LinearConstraint]) -> np
         integrality=np.ones(len(costs), dtype=int),
         bounds=Bounds(0, 1),
         constraints=constraints,
-        options={"mip_rel_gap": 1e-4, "time_limit": 20.0},
+        options={"mip_rel_gap": RELATIVE_GAP, "time_limit": 20.0},
     )
     return None if result.x is None else np.round(result.x).astype(int)
 
