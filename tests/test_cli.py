@@ -30,6 +30,8 @@ CONFIG: dict[str, Any] = {
 }
 ENOUGH, TIGHT, TOO_LITTLE = "1", "0.0041", "0.0001"
 NET = """
+import ctypes
+
 import torch
 from torch import nn
 
@@ -46,8 +48,17 @@ class Net(nn.Module):
 def make():
     return Net(), {"x": torch.randn(4, 16, 32)}
 
+def fusable():
+    layers = [nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.SiLU(), nn.GELU(), nn.Linear(64, 32)) for _ in range(2)]
+    return nn.Sequential(*layers), torch.randn(4, 16, 32)
+
 def raising():
     raise RuntimeError("no luck\\nat all")
+
+def printing():
+    print("from Python")
+    ctypes.CDLL(None).puts(b"from C")
+    return make()
 
 def mismatched():
     return Net(), {"x": torch.randn(4, 16, 33)}
@@ -149,6 +160,7 @@ def test_the_options_reach_the_plan(llama: list[str], capsys: pytest.CaptureFixt
     assert {decision["dtype"] for decision in data["decisions"]} == {"bfloat16"}
 
 
+@pytest.mark.slow
 def test_factored_gradients_shrink_state_and_show_in_the_report_and_the_json(
     llama: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,13 +177,13 @@ def test_factored_gradients_shrink_state_and_show_in_the_report_and_the_json(
     assert "gradient, state before" in out and "factored: they, the optimizer's state and all-reduce" in out
 
 
-def test_a_step_that_fits_compiled_alone_is_said_to(
-    llama: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = [*llama, "--budget-gb"]
+@pytest.mark.slow
+def test_a_step_that_fits_compiled_alone_is_said_to(net: str, capsys: pytest.CaptureFixture[str]) -> None:
+    step = ["--model", f"{net}:fusable", "--device", "cpu"]
+    options = [*step, "--budget-gb"]
     assert main([*options, TOO_LITTLE]) == 1
     assert "--target inductor" not in capsys.readouterr().err  # its parameters alone do not fit
-    eager, compiled = (_tightest([*llama, "--target", target], capsys) for target in ("eager", "inductor"))
+    eager, compiled = (_tightest([*step, "--target", target], capsys) for target in ("eager", "inductor"))
     assert compiled < eager
     assert main([*options, str((eager + compiled) / 2 / GIB)]) == 1
     assert "With --target inductor (torch.compile) it fits:" in capsys.readouterr().err
@@ -354,3 +366,11 @@ def test_a_budget_above_what_the_device_has_is_warned_of(llama: list[str], monke
     monkeypatch.setattr("velora_fx.options._capacity_bytes", lambda device: 2**20)
     with pytest.warns(UserWarning, match=r"above the 0\.00 GiB"):
         main([*llama, "--budget-gb", ENOUGH])
+
+
+@pytest.mark.parametrize("budgets", [["--budget-gb", "1"], ["--sweep", "1,2"]])
+def test_stdout_is_the_reports_alone(net: str, tmp_path: Path, budgets: list[str]) -> None:
+    command = [sys.executable, ROOT / "tools" / "plan.py", "--model", f"{net}:printing", "--device", "cpu", *budgets]
+    done = subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    json.loads(done.stdout)
+    assert "from Python" in done.stderr and "from C" in done.stderr

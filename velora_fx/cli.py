@@ -36,15 +36,24 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (--help explains)")
 
 
+def command() -> int:
+    """`main` in a process of its own, whose output is the report's alone: what libraries in C print (HiGHS does) goes
+    to stderr."""
+    with os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding) as report, contextlib.redirect_stdout(report):
+        os.dup2(2, 1)
+        return main()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Plans as the arguments say and prints the report or JSON; returns the exit code, see `--help`."""
     try:
         arguments = parser().parse_args(argv)
         _check_files(arguments)
         with _user_code():
-            if arguments.sweep is not None:
-                return _sweep(arguments)
-            plan = _plan(arguments)
+            if arguments.sweep is None:
+                plan = _plan(arguments)
+            else:
+                table, exit_code = _sweep(arguments)
     except (ValueError, ImportError, OSError) as error:
         if not isinstance(error, BudgetError):
             return _complain(error, BAD_INPUT)
@@ -53,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:  # Python's own exit code for it is 1, which means here that the step does not fit
         traceback.print_exc()
         return FAILED
+    if arguments.sweep is not None:
+        print(table)
+        return exit_code
     try:
         if arguments.plot is not None:
             plan.plot(arguments.plot)
@@ -132,8 +144,8 @@ def _check_files(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{option}: there is no folder for {path}")
 
 
-def _sweep(arguments: argparse.Namespace) -> int:
-    """Plans for several budgets; the exit code is that of the smallest."""
+def _sweep(arguments: argparse.Namespace) -> tuple[str, int]:
+    """Plans for several budgets: what to print, and the exit code, which is that of the smallest."""
     if arguments.budget_gb is not None or arguments.snapshot is not None:
         raise ValueError("--sweep names the budgets and writes no snapshot: leave out --budget-gb and --snapshot")
     budgets = [_number(part) for part in arguments.sweep.split(",") if part.strip()]
@@ -147,11 +159,10 @@ def _sweep(arguments: argparse.Namespace) -> int:
         plans = sweep(model, budgets, *example_call(inputs), options, arguments.model)
     if arguments.plot is not None:
         plot_sweep(plans, arguments.plot)
+    exit_code = FITS if all(plan.fits for plan in plans) else DOES_NOT_FIT
     if arguments.json:
-        print(json.dumps([_noted(plan, arguments.model, note).to_dict() for plan in plans], indent=2))
-    else:
-        print(f"{arguments.model}: {note}\n\n{render_sweep(plans)}")
-    return FITS if all(plan.fits for plan in plans) else DOES_NOT_FIT
+        return json.dumps([_noted(plan, arguments.model, note).to_dict() for plan in plans], indent=2), exit_code
+    return f"{arguments.model}: {note}\n\n{render_sweep(plans)}", exit_code
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -252,12 +263,13 @@ def _optimizer(text: str) -> Any:
 
 @contextlib.contextmanager
 def _user_code() -> Iterator[None]:
-    """Lets the current folder be imported from, and keeps other libraries' log lines and warnings off the terminal."""
+    """Lets the current folder be imported from, and keeps other libraries' log lines and warnings off the terminal, and
+    what a user's model prints off stdout."""
     disabled, path = logging.root.manager.disable, list(sys.path)
     logging.disable(logging.ERROR)
     sys.path.insert(0, os.getcwd())
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")
             warnings.filterwarnings("default", "velora_fx:")
             yield
