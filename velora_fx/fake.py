@@ -126,7 +126,7 @@ class RealKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
             args = tuple(a.contiguous() if isinstance(a, FakeTensor) and a.dim() else a for a in args)
         if func in self.casts and all(isinstance(a, FakeTensor) and a.dim() for a in args):
             dtype = torch.promote_types(args[0].dtype, args[1].dtype)
-            args = tuple(a.to(dtype) for a in args)
+            args = tuple(a if a.dtype == dtype else a.to(dtype) for a in args)
         return func(*args, **(kwargs or {}))
 
 
