@@ -81,7 +81,7 @@ def observe(module: nn.Module, how: str) -> Any:
 
 
 @pytest.mark.parametrize("how", ["forward", "forward_pre", "backward"])
-@pytest.mark.parametrize("hooked", [(0,), (0, 1, 2)])
+@pytest.mark.parametrize("hooked", [pytest.param((0,), marks=pytest.mark.slow), (0, 1, 2)])
 def test_where_inner_modules_have_hooks_the_plan_claims_only_what_training_does(
     hooked: tuple[int, ...], how: str
 ) -> None:

@@ -143,8 +143,14 @@ def test_a_copy_is_watched_on_its_own_and_can_be_restored(copied: Any) -> None:
     assert not other._forward_pre_hooks and model._forward_pre_hooks
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    ("dynamic", "in_place"),
+    [
+        (None, False),
+        (True, True),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((None, True), (True, False))),
+    ],
+)
 def test_under_torch_compile_it_warns_without_a_graph_of_its_own(dynamic: bool | None, in_place: bool) -> None:
     counts = []
     for budgeted in (False, True):

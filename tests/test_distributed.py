@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -181,10 +182,12 @@ def test_fsdp2_steps_the_shards_of_weights_with_factored_gradients() -> None:
     on_two_ranks(fsdp2_factored)
 
 
+@pytest.mark.slow
 def test_a_step_under_ddp_is_measured_on_each_rank() -> None:
     on_two_ranks(measured_under_ddp)
 
 
+@pytest.mark.slow
 def test_fsdp2_shards_the_gradients_of_both_ranks() -> None:
     on_two_ranks(fsdp2)
 

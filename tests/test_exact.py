@@ -53,6 +53,7 @@ def test_the_compilers_own_recompute_reaches_what_the_plan_says() -> None:
     assert "ban_recompute_materialized_backward=False" in str(plan)
 
 
+@pytest.mark.slow
 def test_compiled_by_blocks_an_exact_plan_fits_and_its_gradients_are_the_untouched_ones() -> None:
     model = model_without_dropout(num_blocks=6)  # no more than four are compiled as a whole
     reference = copy.deepcopy(model)

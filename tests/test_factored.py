@@ -59,7 +59,7 @@ def train(
         assert not any(carrier.any() for carrier in carriers(model).values())
 
 
-@pytest.mark.parametrize("name", ["llama", "vit"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("vit", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_elementwise_optimizer_steps_as_with_dense_gradients(name, optimizer):
     both = pair(name)
@@ -95,6 +95,7 @@ def test_all_kinds_of_models_train_as_with_dense_gradients(name):
     assert_same_weights(ours, reference, both.dense)
 
 
+@pytest.mark.slow
 def test_compiled_in_one_graph_it_trains_as_compiled_with_dense_gradients():
     both = pair("llama")
     ours, reference = both.copies()

@@ -87,6 +87,7 @@ def losses(model: nn.Module, order: Sequence[int]) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 def test_in_bfloat16_it_differs_from_dense_by_less_than_another_order_of_the_data_does() -> None:
     model = CASES["llama"].build().to(torch.bfloat16)
     example = CASES["llama"].batch(4, 24)

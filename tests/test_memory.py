@@ -67,7 +67,11 @@ def measured_peak(
     return before + peak_of(step)
 
 
-@pytest.fixture(scope="module", params=[llama, gpt2, bert], ids=lambda make: make.__name__)
+@pytest.fixture(
+    scope="module",
+    params=[llama, *(pytest.param(make, marks=pytest.mark.slow) for make in (gpt2, bert))],
+    ids=lambda make: make.__name__,
+)
 def ends(request: pytest.FixtureRequest) -> tuple[Any, velora_fx.Plan]:
     torch.manual_seed(0)
     model = request.param().train()
@@ -114,6 +118,7 @@ def test_gradients_that_are_accumulated_are_there_from_the_start(
     assert abs(plan.planned.peak_bytes - measured) <= 0.02 * measured
 
 
+@pytest.mark.slow
 def test_autocasts_copies_of_activations_and_weights_are_counted() -> None:
     torch.manual_seed(0)
     model = llama().train()
@@ -150,6 +155,7 @@ def test_inside_checkpointed_blocks_nothing_is_compressed_and_the_plan_says_why(
     assert abs(plan.baseline.peak_bytes - measured) <= 0.05 * measured
 
 
+@pytest.mark.slow
 def test_checkpointed_blocks_planned_for_cuda_without_a_gpu_recompute_attention_as_one_operator() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

@@ -45,7 +45,7 @@ def check(
     assert_same_gradients(model, reference)
 
 
-@pytest.fixture(params=["", "no_grad", "autocast"])
+@pytest.fixture(params=["", *(pytest.param(stretch, marks=pytest.mark.slow) for stretch in ("no_grad", "autocast"))])
 def pair(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module]:
     model = stack(request.param)
     return compressed(model, rows()), copy.deepcopy(stack(request.param))

@@ -40,9 +40,8 @@ def test_the_peak_is_the_allocators_untouched_and_compressed() -> None:
         assert_near(peak.peak_bytes, measured_peak(one, batch(), "blocks"), "blocks")
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)]
-)  # all blocks alike, and blocks of two kinds
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gemma3"])  # all blocks alike, and blocks of two kinds
 def test_blocks_that_fill_a_cache_return_keys_and_values_that_live_as_long_as_it(name: str) -> None:
     case = next(case for case in zoo.ZOO if case.name == name)
     model, inputs = case.build(), case.batch(16, 32)
@@ -61,6 +60,7 @@ class Checkpointing(Stack):
         return self.head(x).square().mean()  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_compiled_blocks_inside_of_checkpoints_run_twice() -> None:
     torch.manual_seed(0)
     model = plain(Checkpointing(3))
@@ -73,6 +73,7 @@ def note_of(plan: velora_fx.Plan) -> str:
     return next((note for note in plan.notes if "block.compile()" in note), "")
 
 
+@pytest.mark.slow
 def test_the_plan_says_for_which_way_of_compiling_its_figures_are_where_they_differ() -> None:
     model = plain(stack(num_blocks=4))
     plan = velora_fx.plan(model, None, batch(), target="inductor", optimizer="sgd")

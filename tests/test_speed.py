@@ -75,6 +75,7 @@ def test_speed_compresses_inputs_that_free_nothing_and_memory_does_not(plans):
     assert not {skipped.module for skipped in plans[5.0].skipped} & in_speed
 
 
+@pytest.mark.slow
 def test_a_plan_for_speed_fits_its_budget_too():
     model, batch = wide_llama()
     whole = velora_fx.plan(model, None, batch).baseline.peak_bytes
@@ -247,6 +248,7 @@ def test_the_time_that_a_candidate_saves_is_what_a_simulation_shows(autocast, mo
     assert predicted == pytest.approx(analysis.baseline.step_seconds - faster, rel=0.2)
 
 
+@pytest.mark.slow
 def test_blocks_are_recomputed_where_what_compression_needs_is_not_allowed():
     """With `recompute` the cheapest plan may compress although recompute alone, which approximates nothing, fits."""
     model, batch = stack(width=64), (rows(64, 64, 64),)

@@ -100,6 +100,7 @@ def test_bad_sweeps_are_refused(more: list[str], message: str, capsys: pytest.Ca
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_sweep_for_speed_tells_what_is_too_approximate_and_what_fits_exactly(
     budgets: tuple[float, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:

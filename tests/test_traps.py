@@ -23,7 +23,7 @@ from tests.peaks import (
 )
 from tests.toys import Block, Stack, rows, stack
 
-pytestmark = pytest.mark.parametrize("target", ["eager", "inductor"])
+pytestmark = pytest.mark.parametrize("target", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 WIDTH, VOCABULARY = 32, 256
 HIGHER = {torch.bfloat16: torch.float32, torch.float32: torch.float64}
 

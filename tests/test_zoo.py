@@ -18,8 +18,14 @@ from velora_fx.graphs import Call, key_of, make_graph
 from velora_fx.passes.saved_tensors import Saving, saved_tensors
 from velora_fx.region import make_call
 
+QUICK = ("llama", "gpt2", "bert", "vit", "llama_lora")
 
-@pytest.fixture(scope="module", params=ZOO, ids=str)
+
+@pytest.fixture(
+    scope="module",
+    params=[case if case.name in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in ZOO],
+    ids=str,
+)
 def case(request: pytest.FixtureRequest) -> Case:
     return request.param  # type: ignore[no-any-return]
 
