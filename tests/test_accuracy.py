@@ -83,6 +83,7 @@ def test_the_plans_compress_nothing_a_part_and_all_and_measured_peaks_fall(
     assert half.measured_bytes <= 1.01 * middle
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table_and_the_worst_difference_last(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     arguments = ("--models", "mlp", "--targets", "eager", "--plans", "nothing", "--batch-size", "512", "--markdown")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +34,7 @@ def test_what_all_blocks_keep_counts_for_none() -> None:
     assert all(block.first < block.end for block in masked)
 
 
+@pytest.mark.slow
 def test_blocks_that_are_checkpointed_already_or_cannot_be_captured_are_left_out() -> None:
     model = llama().train()
     model.gradient_checkpointing_enable()

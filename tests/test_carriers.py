@@ -101,6 +101,7 @@ def test_a_name_that_is_taken_is_refused_and_the_model_left_alone():
     assert model.blocks[1].up.weight_carrier == "mine"
 
 
+@pytest.mark.slow
 def test_the_names_sort_into_the_groups_of_their_weights():
     model = pair("llama").factored
     decayed = [name for name, p in model.named_parameters() if p.requires_grad and "norm" not in name]

@@ -150,7 +150,8 @@ def test_a_model_without_blocks_that_fits_no_budget_exactly_says_so() -> None:
         velora_fx.plan(model, 1e-9, (rows(),), exact_only=True)
 
 
-@pytest.mark.parametrize("share", [0.3, pytest.param(0.7, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.3, 0.7])
 def test_both_compression_and_recompute_fit_the_budget(share: float) -> None:
     torch.manual_seed(0)
     model = llama().train()
@@ -167,6 +168,7 @@ def test_both_compression_and_recompute_fit_the_budget(share: float) -> None:
     assert not recomputed & {decision.region for decision in plan.compressed}
 
 
+@pytest.mark.slow
 def test_a_plan_that_compresses_says_what_exact_recompute_would_do() -> None:
     model = llama().train()
     batch = batch_of(model)

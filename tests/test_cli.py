@@ -374,3 +374,12 @@ def test_stdout_is_the_reports_alone(net: str, tmp_path: Path, budgets: list[str
     done = subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True, text=True, check=True)
     json.loads(done.stdout)
     assert "from Python" in done.stderr and "from C" in done.stderr
+
+
+@pytest.mark.parametrize("closed", ["/dev/full", "-"])
+def test_a_report_that_nobody_can_read_does_not_exit_as_one_that_does_not_fit(closed: str) -> None:
+    command = (
+        f"unset PYTHONUNBUFFERED; {sys.executable} {ROOT / 'tools' / 'plan.py'} --help >{'&' * (closed == '-')}{closed}"
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, "Traceback" in done.stderr) == (0 if closed == "-" else 3, False)

@@ -56,7 +56,8 @@ def test_inductors_gradients_equal_the_eager_ones_with_dynamic_shapes(name: str)
     assert torch._dynamo.utils.counters["frames"]["total"] <= 3  # one more for dynamic shapes, none for each shape
 
 
-@pytest.mark.parametrize("stretch", ["no_grad", pytest.param("autocast", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stretch", ["no_grad", "autocast"])
 def test_state_stretches_compile_with_dynamic_shapes(stretch: str) -> None:
     model = without_dropout(compressed(without_dropout(stack(stretch)), rows()))
     eager = copy.deepcopy(model)

@@ -69,7 +69,7 @@ def test_every_elementwise_optimizer_steps_as_with_dense_gradients(name, optimiz
     assert_same_weights(ours, reference, both.dense)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "gpt2"])
 def test_gradients_of_several_batches_add_up_as_dense_ones_do(name):
     both = pair(name)
     ours, reference = both.copies()

@@ -135,6 +135,7 @@ def test_a_plan_for_dense_gradients_is_not_applied_as_factored() -> None:
         velora_fx.optimize(stack().double(), plan=plan, example_inputs=(rows().double(),), gradients="factored")
 
 
+@pytest.mark.slow
 def test_recomputed_blocks_keep_dense_gradients() -> None:
     case = next(case for case in ZOO if case.name == "llama")
     model, batch = case.build(), case.batch(8, 48)

@@ -75,7 +75,7 @@ def measured_peak(
 def ends(request: pytest.FixtureRequest) -> tuple[Any, velora_fx.Plan]:
     torch.manual_seed(0)
     model = request.param().train()
-    return request.param, tightest(model, batch_of(model))
+    return request.param, tightest(model, batch_of(model), optimizer="adamw")
 
 
 def test_activations_dominate_these_models(ends: tuple[Any, velora_fx.Plan]) -> None:
@@ -124,7 +124,7 @@ def test_autocasts_copies_of_activations_and_weights_are_counted() -> None:
     model = llama().train()
     batch = batch_of(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        tight = tightest(model, batch)
+        tight = tightest(model, batch, optimizer="adamw")
         budget = (tight.planned.peak_bytes + tight.baseline.peak_bytes) / 2
         velora_fx.optimize(model, budget / 2**30, batch)
     plan = velora_fx.plan_of(model)
@@ -135,19 +135,25 @@ def test_autocasts_copies_of_activations_and_weights_are_counted() -> None:
     assert ("model.layers.0.self_attn.q_proj",) in consumers  # each linear saves a cast copy of its own
 
 
+@pytest.mark.slow
 def test_the_o_proj_input_is_reported_as_saved_by_attention_and_is_a_candidate_under_attention_dropout_on_cpu() -> None:
     model = llama().train()
-    reasons = {skipped.module: skipped.reason for skipped in tightest(model, batch_of(model)).skipped}
+    reasons = {
+        skipped.module: skipped.reason for skipped in tightest(model, batch_of(model), optimizer="adamw").skipped
+    }
     assert reasons["model.layers.0.self_attn.o_proj"] == "input also saved by attention"
     model = bert().train()
-    consumers = {c for decision in tightest(model, batch_of(model)).decisions for c in decision.consumers}
+    consumers = {
+        c for decision in tightest(model, batch_of(model), optimizer="adamw").decisions for c in decision.consumers
+    }
     assert "bert.encoder.layer.0.attention.output.dense" in consumers
 
 
+@pytest.mark.slow
 def test_inside_checkpointed_blocks_nothing_is_compressed_and_the_plan_says_why() -> None:
     model = llama().train()
     model.gradient_checkpointing_enable()
-    plan = tightest(model, batch_of(model))
+    plan = tightest(model, batch_of(model), optimizer="adamw")
     assert not [d for d in plan.decisions if d.region.startswith("model.layers")]
     reasons = {skipped.module: skipped.reason for skipped in plan.skipped}
     assert "recomputed" in reasons["model.layers.0.mlp.up_proj"]
@@ -184,7 +190,7 @@ def test_a_block_that_checkpoints_itself_is_never_made_larger() -> None:
 def test_at_the_optimizer_step_the_report_says_that_activations_do_not_matter() -> None:
     model = llama().train()
     batch = {name: value[:1, :8] for name, value in batch_of(model).items()}
-    plan = tightest(model, batch)
+    plan = tightest(model, batch, optimizer="adamw")
     assert plan.planned.moment == "optimizer step"
     assert "compressing activations does not lower it" in str(plan)
 
@@ -193,8 +199,8 @@ def test_planning_for_cuda_without_a_gpu_takes_attention_as_one_operator() -> No
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     model = bert().train()
-    cpu = tightest(model, batch_of(model))
-    cuda = tightest(model, batch_of(model), device="cuda")
+    cpu = tightest(model, batch_of(model), optimizer="adamw")
+    cuda = tightest(model, batch_of(model), device="cuda", optimizer="adamw")
     scores = 8 * 4 * 256 * 256 * 4  # one [B, H, T, T] tensor, which attention with dropout keeps on the CPU
     assert cpu.baseline.breakdown["activations"] - cuda.baseline.breakdown["activations"] > 3 * scores
     assert cuda.overhead_bytes > 0 == cpu.overhead_bytes

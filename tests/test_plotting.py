@@ -22,7 +22,7 @@ pytest.importorskip("matplotlib")
 
 @pytest.fixture(scope="module")
 def compressed() -> velora_fx.Plan:
-    return tightest(stack(), (rows(),))
+    return tightest(stack(), (rows(),), optimizer="adamw")
 
 
 @pytest.fixture(scope="module")

@@ -190,7 +190,7 @@ def test_temporaries_of_the_optimizer_are_named_as_such() -> None:
 
 
 def test_graphs_of_blocks_are_of_their_block() -> None:
-    planned = tightest(stack(), (rows(),)).planned.timeline
+    planned = tightest(stack(), (rows(),), optimizer="adamw").planned.timeline
     assert planned is not None
     assert "blocks.1: compress [4, 8, 1] float32" in labels(planned)
     assert "backward of blocks.1" in {place.name for place in planned.places}

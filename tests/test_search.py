@@ -77,6 +77,18 @@ def choose_among_equals(
     return choose(noisy, moments, budget_bytes)
 
 
+@pytest.mark.parametrize("tried", [(), (0, 4), (1, 2, 3, 6)])
+@pytest.mark.parametrize(("rung", "lowest"), [(0, 0), (1, 0), (2, 2), (4, 2), (5, 5), (6, 5)])
+def test_the_lowest_rung_of_a_cost_is_found(
+    rung: int, lowest: int, tried: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = (math.inf, math.inf, 7.0, 7.0 * (1 + RELATIVE_GAP / 2), 7.0, 3.0, 3.0)
+    monkeypatch.setattr(Search, "_cost", lambda self, rung: costs[rung])
+    search = Search(None, compresses=True, recomputes=False)
+    search._solved.update(dict.fromkeys(tried))
+    assert search._lowest_alike(rung) == lowest
+
+
 class Products(nn.Module):
     """Matrix products right after each other: their inputs cannot be made again without a product."""
 

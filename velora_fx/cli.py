@@ -39,9 +39,15 @@ class _Parser(argparse.ArgumentParser):
 def command() -> int:
     """`main` in a process of its own, whose output is the report's alone: what libraries in C print (HiGHS does) goes
     to stderr."""
-    with os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding) as report, contextlib.redirect_stdout(report):
-        os.dup2(2, 1)
+    if sys.stdout is None or sys.stderr is None:  # closed
         return main()
+    encoding, errors = sys.stdout.encoding, sys.stdout.errors
+    try:
+        with open(os.dup(1), "w", encoding=encoding, errors=errors) as report, contextlib.redirect_stdout(report):
+            os.dup2(2, 1)
+            return main()
+    except OSError as error:  # whoever reads the report is gone, or the disk full
+        return _complain(error, FAILED)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -37,8 +37,8 @@ class Search:
 
         The solver knows the moments of a step with nothing done about it; a simulation tells the true peak of what it
         chose. Along a ladder of targets for the solver, the same for every budget, the highest rung that fits is
-        searched by halving, so that a larger budget never gets a dearer plan: one more approximate, where blocks are
-        not recomputed.
+        searched by halving, so that a larger budget never gets a dearer plan, but for the solver's gap: one more
+        approximate, where blocks are not recomputed. Taken is the lowest rung of the same cost, if it fits too.
         """
         tensor_budget_bytes = tensors_within(budget_bytes, self.analysis.device)
         if self.analysis.baseline.tensor_bytes <= tensor_budget_bytes:
@@ -84,7 +84,7 @@ class Search:
         """The lowest rung of the same cost: which of several solutions of that cost the solver finds is chance, and so
         without it would be which of two budgets gets the lower peak."""
         cost = self._cost(rung) * (1 + RELATIVE_GAP)
-        low = max((tried for tried in self._solved if tried < rung and self._cost(tried) > cost), default=0)
+        low = max((tried for tried in self._solved if tried < rung and self._cost(tried) > cost), default=-1)
         high = min((tried for tried in self._solved if low < tried <= rung and self._cost(tried) <= cost), default=rung)
         while high - low > 1:
             middle = (low + high) // 2

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import time
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from scipy.sparse import csr_array
 
 MAX_SOLUTIONS = 20  # besides one for each moment
 MOMENTS_AT_ONCE = 3
+MOST_SECONDS = 60.0
 RELATIVE_GAP = 1e-4  # within which a cost is the least
 
 
@@ -21,7 +23,8 @@ class Item:
     Level 0 keeps it whole. Items of one `group` are alike, the one that lives longest first: a later one is never
     compressed more than an earlier one, so that plans are regular. Where the item with index `covered_by` is above
     level 0 it frees this one too: this one then stays at level 0, and counts as compressed in the order of its group.
-    An item with `tied_to` has no level and no costs of its own: its level is that of the item with this index.
+    An item with `tied_to` has no level and no costs of its own: its level is that of the item with this index; it may
+    save less than nothing.
     """
 
     group: Hashable
@@ -52,40 +55,62 @@ def choose(items: Sequence[Item], moments: Sequence[Moment], budget_bytes: int) 
     matter: the program has those at which its solutions before were above the budget. The least cost is met within
     RELATIVE_GAP, the budget to the byte.
     """
-    everything = [len(item.savings) for item in items]
-    if any(moment.bytes_at(items, everything) > budget_bytes for moment in moments):
+    if any(moment.peak_bytes - _most_saved(items, moment) > budget_bytes for moment in moments):
         return None
-    binding = [moment for moment in _undominated(moments) if moment.peak_bytes > budget_bytes]
-    if not binding:
-        return (0,) * len(items)
+    binding = [m for m in _undominated(items, moments) if m.peak_bytes + _most_added(items, m) > budget_bytes]
     starts = np.cumsum([0, *(len(item.costs) for item in items)])
     rows = [_saving_row(items, moment, starts) for moment in binding]
     constraints = _order_constraints(items, starts)
     demanded: set[int] = set()
     chosen = np.zeros(starts[-1], dtype=int)
+    deadline = time.monotonic() + MOST_SECONDS
     for _ in range(MAX_SOLUTIONS + len(binding)):
         levels = _with_tied(items, [int(chosen[starts[i] : starts[i + 1]].sum()) for i in range(len(items))])
         excess = [moment.bytes_at(items, levels) - budget_bytes for moment in binding]
-        over = [index for index, more in enumerate(excess) if more > 0]
+        over = {index for index, more in enumerate(excess) if more > 0}
         if not over:
             return _trimmed(items, binding, budget_bytes, levels)
-        for index in demanded.intersection(over):
-            # Within the solver's tolerance, but not to the byte: at least one more variable of the row has to be 1.
-            more = [(column, 1.0) for column, saving in rows[index] if saving > 0 and not chosen[column]]
-            constraints.append(LinearConstraint(_matrix([more], int(starts[-1])), 1, np.inf))
-        missing = sorted(set(over) - demanded, key=lambda index: -excess[index])[:MOMENTS_AT_ONCE]
-        for index in missing:
-            needed = binding[index].peak_bytes - budget_bytes
-            savings = [(column, saving / needed) for column, saving in rows[index]]  # HiGHS has absolute tolerances
-            constraints.append(LinearConstraint(_matrix([savings], int(starts[-1])), 1, np.inf))
+        missing = sorted(over - demanded, key=lambda index: -excess[index])[:MOMENTS_AT_ONCE]
+        constraints += [
+            _enough(rows[index], binding[index].peak_bytes - budget_bytes, len(chosen)) for index in missing
+        ]
+        # Those within the solver's tolerance, but not to the byte.
+        constraints += [_another(rows[index], chosen) for index in over & demanded]
         demanded.update(missing)
-        solution = _solve(items, constraints)
+        solution = _solve(items, constraints, deadline - time.monotonic())
         if solution is None:
             break
         chosen = solution
     highest = highest_levels(items)
     fits = all(moment.bytes_at(items, highest) <= budget_bytes for moment in binding)
     return _trimmed(items, binding, budget_bytes, highest) if fits else None
+
+
+def _most_saved(items: Sequence[Item], moment: Moment) -> int:
+    return sum(count * max(0, *items[index].savings) for index, count in moment.alive)
+
+
+def _most_added(items: Sequence[Item], moment: Moment) -> int:
+    """What items that take more than they free can add to a moment."""
+    return -sum(count * min(0, *items[index].savings) for index, count in moment.alive)
+
+
+def _enough(row: Mapping[int, int], needed_bytes: int, width: int) -> LinearConstraint:
+    """At least so much is saved; in units of it, as HiGHS has absolute tolerances."""
+    unit = needed_bytes if needed_bytes > 0 else max(map(abs, row.values()))
+    savings = [(column, saving / unit) for column, saving in row.items()]
+    return LinearConstraint(_matrix([savings], width), needed_bytes / unit, np.inf)
+
+
+def _another(row: Mapping[int, int], chosen: np.ndarray) -> LinearConstraint:
+    """At least one variable is changed so that more is saved."""
+    changes = [
+        (column, 1.0 if saving > 0 else -1.0)
+        for column, saving in row.items()
+        if saving and bool(chosen[column]) == (saving < 0)
+    ]
+    least = 1 - sum(sign < 0 for _, sign in changes)
+    return LinearConstraint(_matrix([changes], len(chosen)), least, np.inf)
 
 
 def highest_levels(items: Sequence[Item]) -> list[int]:
@@ -123,14 +148,14 @@ def _order_constraints(items: Sequence[Item], starts: np.ndarray) -> list[Linear
     return constraints
 
 
-def _solve(items: Sequence[Item], constraints: Sequence[LinearConstraint]) -> np.ndarray | None:
+def _solve(items: Sequence[Item], constraints: Sequence[LinearConstraint], seconds: float) -> np.ndarray | None:
     costs = np.concatenate([np.diff([0.0, *item.costs]) for item in items])
     result = milp(
         costs / costs.max(),
         integrality=np.ones(len(costs), dtype=int),
         bounds=Bounds(0, 1),
         constraints=constraints,
-        options={"mip_rel_gap": RELATIVE_GAP, "time_limit": 20.0},
+        options={"mip_rel_gap": RELATIVE_GAP, "time_limit": max(seconds, 1.0)},
     )
     return None if result.x is None else np.round(result.x).astype(int)
 
@@ -162,13 +187,14 @@ def _trimmed(items: Sequence[Item], moments: Sequence[Moment], budget_bytes: int
     return tuple(_with_tied(items, levels))
 
 
-def _saving_row(items: Sequence[Item], moment: Moment, starts: np.ndarray) -> list[tuple[int, int]]:
-    row = []
+def _saving_row(items: Sequence[Item], moment: Moment, starts: np.ndarray) -> dict[int, int]:
+    """What each variable saves at a moment, by its column."""
+    row: dict[int, int] = {}
     for index, count in moment.alive:
         previous, tied_to = 0, items[index].tied_to
         first = int(starts[index if tied_to is None else tied_to])
         for level, saving in enumerate(items[index].savings):
-            row.append((first + level, count * (saving - previous)))
+            row[first + level] = row.get(first + level, 0) + count * (saving - previous)
             previous = saving
     return row
 
@@ -192,15 +218,19 @@ def _order_rows(items: Sequence[Item], starts: np.ndarray) -> list[list[tuple[in
 def _matrix(rows: Sequence[Sequence[tuple[int, float]]], width: int) -> csr_array:
     """The sparse matrix whose rows are given as (column, entry) pairs."""
     entries = [(index, *entry) for index, row in enumerate(rows) for entry in row]
-    indices, columns, data = zip(*entries, strict=True)
+    indices, columns, data = zip(*entries, strict=True) if entries else ((), (), ())
     return csr_array((data, (indices, columns)), shape=(len(rows), width))
 
 
-def _undominated(moments: Sequence[Moment]) -> list[Moment]:
-    """Drops each moment that is lower than one at which no more items are alive."""
+def _undominated(items: Sequence[Item], moments: Sequence[Moment]) -> list[Moment]:
+    """Drops each moment that is lower than one at which no more items are alive, but for items that add to it."""
     kept: list[Moment] = []
     for moment in sorted(moments, key=lambda m: (-m.peak_bytes, len(m.alive))):
         alive = set(moment.alive)
-        if not any(alive.issuperset(other.alive) for other in kept):
+        if not any(
+            alive.issuperset(other.alive)
+            and not any(min(items[i].savings) < 0 for i, _ in alive.difference(other.alive))
+            for other in kept
+        ):
             kept.append(moment)
     return kept
