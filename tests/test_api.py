@@ -64,12 +64,12 @@ def test_on_cuda_no_plan_exceeds_its_budget_and_the_smallest_reachable_one_is_re
         cuda_budget(0)
     smallest, baseline = caught.value.smallest_peak_bytes, cuda_budget(2**40).baseline.peak_bytes
     fragmentation = {caught.value.plan.planned.overhead["fragmentation"]}
-    for share in (0.0, 0.6):
+    for share in (0.0, 0.3, 0.6, 0.9):
         budget = int(smallest + share * (baseline - smallest))
         plan = cuda_budget(budget)
         assert plan.compressed and plan.planned.peak_bytes <= budget
         fragmentation.add(plan.planned.overhead["fragmentation"])
-    assert len(fragmentation) > 1  # it follows the tensors
+    assert len(fragmentation) > 2  # it follows the tensors
     with pytest.raises(velora_fx.BudgetError):
         cuda_budget(smallest - 1)
 
