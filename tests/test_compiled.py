@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.peaks import assert_near, measured_peak, predict
+from tests.padding import padded_products
+from tests.peaks import assert_near, assert_predicted, measured_peak, predict
 from tests.toys import Stack, rows, stack
 from tests.zoo import loss_of
 from velora_fx.analysis import Actions
@@ -141,3 +142,17 @@ def test_a_mask_that_all_attentions_use_is_made_and_kept_once() -> None:
     for peak in (predicted.analysis.baseline, predicted.analysis.peak(Actions(first_half))):
         masks = [group.num_bytes for group in peak.largest if "[8, 1, 256, 256]" in group.label]
         assert masks == [8 * 256 * 256 * 4]
+
+
+def test_the_compilers_padding_of_products_hides_no_input() -> None:
+    """As on a GPU, where widths and rows that are odd are padded."""
+    model, batch = stack(num_blocks=2, width=33), {"x": rows(63, 9, 33)}
+    for block in model.blocks:
+        block.dropout.p = 0.0
+    plain = predict(model, batch, target="inductor").analysis
+    with padded_products():
+        padded = assert_predicted(model, batch, "inductor").analysis
+    shapes = [[(c.consumers, [s.shape for s in c.savings]) for c in a.candidates] for a in (plain, padded)]
+    assert shapes[0] == shapes[1]
+    assert [c.bytes_before for c in plain.candidates] == [4 * 567 * width for width in (33, 66, 33, 66, 33)]
+    assert [c.bytes_before for c in padded.candidates] == [4 * 568 * width for width in (36, 68, 36, 68, 36)]

@@ -25,7 +25,7 @@ def observed(tensor: torch.Tensor, kept: Kept, tracker: Tracker | None = None) -
 
 def test_a_tensor_kept_for_the_gradients_of_weights_is_saved_by_their_linears() -> None:
     tensor = torch.zeros(6, 8)
-    found = observed(tensor, Kept(((0, 8), (1, 8)), ()))
+    found = observed(tensor, Kept(((0, 6, 8), (1, 6, 8)), ()))
     assert [(s.region, s.consumer, s.x, s.shape) for s in found.savings] == [
         ("blocks.0", "up", "x", (6, 8)),
         ("blocks.0", "down", "x", (6, 8)),
@@ -34,12 +34,17 @@ def test_a_tensor_kept_for_the_gradients_of_weights_is_saved_by_their_linears() 
 
 
 def test_a_tensor_that_is_kept_transposed_has_the_shape_of_the_input() -> None:
-    (saving,) = observed(torch.zeros(8, 6), Kept(((0, 8),), ())).savings
+    (saving,) = observed(torch.zeros(8, 6), Kept(((0, 6, 8),), ())).savings
     assert saving.shape == (6, 8)
 
 
+def test_a_tensor_that_is_kept_padded_has_the_shape_of_the_input() -> None:
+    (saving,) = observed(torch.zeros(8, 12), Kept(((0, 6, 9),), ())).savings
+    assert (saving.shape, saving.num_bytes) == ((6, 9), 8 * 12 * 4)
+
+
 def test_operations_and_products_with_other_tensors_are_named_and_compress_nothing() -> None:
-    found = observed(torch.zeros(6, 8), Kept(((2, 8),), ("mul", "_flash_attention_backward")))
+    found = observed(torch.zeros(6, 8), Kept(((2, 6, 8),), ("mul", "_flash_attention_backward")))
     assert [saving.operation for saving in found.savings] == [
         "mul", "attention", "a product with another activation",
     ]  # fmt: skip
@@ -60,5 +65,5 @@ def test_parameters_are_no_saved_tensors() -> None:
 
 def test_a_compiled_forward_is_the_last_use_of_what_it_keeps() -> None:
     tensor, tracker = torch.zeros(8, 8), Tracker()
-    found = observed(tensor, Kept(((0, 8),), ()), tracker)
+    found = observed(tensor, Kept(((0, 6, 8),), ()), tracker)
     assert found.last_uses == {tracker.watch(tensor): tracker.now}

@@ -49,12 +49,12 @@ class KeptTensors:
     ) -> list[Saving]:
         size = tensor.untyped_storage().nbytes()
         found = [Saving(storage, size, region, _plain(operation)) for operation in kept.operations]
-        for number, width in sorted(kept.gradients_of):
+        for number, num_rows, width in sorted(kept.gradients_of):
             use = self._uses.get(state.get(number, ""))
             if use is None:
                 found.append(Saving(storage, size, region, "a product with another activation"))
                 continue
-            shape = tuple(tensor.shape) if tensor.shape[-1] == width else (tensor.numel() // width, width)
+            shape = tuple(tensor.shape) if tensor.shape[-1] == width else (num_rows, width)
             dtype = self._dtypes.get((use.region, use.consumer), tensor.dtype)
             found.append(Saving(storage, size, use.region, "linear", use.consumer, name, shape, dtype))
         return found or [Saving(storage, size, region, "the compiled backward")]

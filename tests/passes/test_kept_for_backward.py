@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from tests.graph_text import prepared
+from tests.padding import padded_products
 from velora_fx.module_state import state_of
 from velora_fx.passes.kept_for_backward import Kept, kept_for_backward
 
@@ -50,7 +52,7 @@ def kept_by(gm: GraphModule, num_constants: int = 0) -> list[Kept]:
 
 def widths(gm: GraphModule, num_constants: int = 0) -> dict[int, int]:
     """The width of the input of each product, by the number of its weight."""
-    return {number: width for kept in kept_by(gm, num_constants) for number, width in kept.gradients_of}
+    return {number: width for kept in kept_by(gm, num_constants) for number, _, width in kept.gradients_of}
 
 
 class Linears(nn.Module):
@@ -66,8 +68,8 @@ class Linears(nn.Module):
 
 def test_inputs_of_linears_are_kept_for_the_gradients_of_their_weights_alone() -> None:
     kept = kept_by(backward_of(Linears(), torch.randn(ROWS, WIDTH)))
-    assert Kept(((0, WIDTH),), ()) in kept
-    assert Kept(((1, HIDDEN),), ()) in kept
+    assert Kept(((0, ROWS, WIDTH),), ()) in kept
+    assert Kept(((1, ROWS, HIDDEN),), ()) in kept
     others = [use for use in kept if not use.gradients_of]
     assert {operation for use in others for operation in use.operations} >= {"gelu_backward", "mm"}
 
@@ -91,7 +93,7 @@ class Shared(nn.Module):
 def test_one_tensor_may_be_kept_for_several_weights_and_operations() -> None:
     kept = kept_by(backward_of(Shared(), torch.randn(ROWS, WIDTH).requires_grad_()))
     (shared,) = [use for use in kept if len(use.gradients_of) > 1]
-    assert sorted(shared.gradients_of) == [(0, WIDTH), (1, WIDTH)]
+    assert sorted(shared.gradients_of) == [(0, ROWS, WIDTH), (1, ROWS, WIDTH)]
     assert shared.operations == ("sin",)
 
 
@@ -111,6 +113,7 @@ def test_the_graph_stays_as_it_is() -> None:
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
 LEADING, WIDTHS = (2, 3), (4, 6)
+NUM_ROWS = 6
 SHAPES = [(b, a) for a in WIDTHS for b in WIDTHS for _ in range(2)]
 NUM_LINEAR = len(SHAPES)  # after the weights [O, D] of linears come those [D, O] of other products
 ACTIONS = ("linear", "linear", "product", "gelu", "multiply", "residual", "transpose", "square")
@@ -142,11 +145,22 @@ def forward(program: list[tuple[str, int]], x: Tensor, weights: list[Tensor]) ->
     return values[-1].sin().sum()
 
 
-def partitioned(program: list[tuple[str, int]]) -> tuple[GraphModule, list[Any]]:
+def padding_partition(gm: GraphModule, *args: Any, **options: Any) -> tuple[GraphModule, GraphModule]:
+    """Inductor's partition of a graph whose products it has padded."""
+    with padded_products():
+        joint_graph_passes(gm)
+    targets = {node.target for node in gm.graph.nodes}
+    assert (torch.ops.aten.mm.default in targets) == (torch.ops.aten.constant_pad_nd.default in targets)
+    parts: tuple[GraphModule, GraphModule] = min_cut_rematerialization_partition(gm, *args, **options)
+    return parts
+
+
+def partitioned(program: list[tuple[str, int]], is_padded: bool = False) -> tuple[GraphModule, list[Any]]:
     """The backward graph that the partitioner makes, and what it is called with."""
     torch.manual_seed(0)
-    x = torch.randn(*LEADING, WIDTHS[0], dtype=torch.float64, requires_grad=True)
-    weights = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in (*SHAPES, *SHAPES)]
+    dtype = torch.float32 if is_padded else torch.float64  # products in float64 are never padded
+    x = torch.randn(*LEADING, WIDTHS[0], dtype=dtype, requires_grad=True)
+    weights = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in (*SHAPES, *SHAPES)]
     found: list[Any] = []
 
     def keep(gm: GraphModule, inputs: list[Any]) -> Any:
@@ -160,17 +174,18 @@ def partitioned(program: list[tuple[str, int]]) -> tuple[GraphModule, list[Any]]
         lambda x, *weights: forward(program, x, list(weights)),
         fw_compiler=lambda gm, _: make_boxed_func(gm),
         bw_compiler=keep,
-        partition_fn=min_cut_rematerialization_partition,
+        partition_fn=padding_partition if is_padded else min_cut_rematerialization_partition,
         decompositions=select_decomp_table(),
     )
     compiled(x, *weights).backward()
     return found[0], found[1]
 
 
+@pytest.mark.parametrize("is_padded", [False, True])
 @few
-@given(steps)
-def test_a_tensor_kept_for_gradients_alone_changes_those_and_no_other_output(program):
-    gm, inputs = partitioned(program)
+@given(program=steps)
+def test_a_tensor_kept_for_gradients_alone_changes_those_and_no_other_output(program, is_padded):
+    gm, inputs = partitioned(program, is_padded)
     placeholders = gm.graph.find_nodes(op="placeholder")
     kept = kept_for_backward(gm)
     assert set(kept) == {node.name for node in placeholders}
@@ -186,9 +201,10 @@ def test_a_tensor_kept_for_gradients_alone_changes_those_and_no_other_output(pro
             if old is not None and not torch.equal(old, new)
         }
         direct = {place for place, out in enumerate(gm.graph.output_node().args[0]) if out is node}
-        assert changed - direct == {place for place, _ in entry.gradients_of}
-        for place, width in entry.gradients_of:
+        assert changed - direct == {place for place, _, _ in entry.gradients_of}
+        for place, num_rows, width in entry.gradients_of:
             assert width == before[place].shape[0 if place > NUM_LINEAR else -1]
+            assert num_rows == NUM_ROWS or place == 0  # the gradient of x itself is one of a product with a weight
 
 
 def test_the_uses_of_what_a_small_network_keeps() -> None:
@@ -196,6 +212,6 @@ def test_the_uses_of_what_a_small_network_keeps() -> None:
     gm, _ = partitioned([("linear", 0), ("gelu", 0), ("linear", 1)])
     kept = kept_for_backward(gm).values()
     assert {entry.gradients_of: entry.operations for entry in kept if entry.gradients_of} == {
-        ((0, 4),): (), ((1, 4),): (), ((2, 4),): ()
+        ((0, 4, 4),): (), ((1, 6, 4),): (), ((2, 6, 4),): ()
     }  # fmt: skip
     assert [entry.operations for entry in kept if not entry.gradients_of].count(("mm",)) == 1
