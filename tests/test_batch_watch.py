@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import velora_fx
 from tests.gradients import regions_of
-from tests.toys import compressed, rows, stack
+from tests.toys import compressed, rows, stack, without_dropout
 from velora_fx.batch_watch import BatchWatch, watch_batches
 
 
@@ -23,13 +23,6 @@ from velora_fx.batch_watch import BatchWatch, watch_batches
 def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
-
-
-def without_dropout() -> nn.Module:
-    model = stack()
-    for block in model.blocks:
-        block.dropout.p = 0.0
-    return model
 
 
 def said(model: nn.Module, *batches: Any) -> list[str]:
@@ -155,7 +148,7 @@ def test_under_torch_compile_it_warns_without_a_graph_of_its_own(dynamic: bool |
     counts = []
     for budgeted in (False, True):
         torch._dynamo.reset()
-        model = without_dropout()
+        model = without_dropout(stack())
         if budgeted:
             velora_fx.optimize(model, 4, (rows(4, 8),))
         counter = CompileCounterWithBackend("aot_eager")
@@ -184,7 +177,7 @@ def test_compiled_with_a_larger_module_it_warns_of_sizes_that_are_traced_and_gua
     counts = []
     for budgeted in (False, True):
         torch._dynamo.reset()
-        model = without_dropout()
+        model = without_dropout(stack())
         if budgeted:
             velora_fx.optimize(model, 4, (rows(4, 8),))
         counter = CompileCounterWithBackend("aot_eager")

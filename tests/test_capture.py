@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import math
 import random
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -229,6 +231,27 @@ def test_no_memory_of_the_modules_size_is_taken():
     module = nn.Sequential(nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 512))
     x = torch.zeros(512, 512)
     assert peak_of(lambda: capture(module, (x,), {})) < x.nbytes / 4
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_forward_was_called_with_is_let_go_at_once(fails):
+    """Not when Python next collects cycles: activations would wait for it, in training and in simulated steps."""
+
+    def forward(m, x):
+        if fails:
+            raise ValueError
+        return m.linear(x)
+
+    module, x = Of(forward), rows()
+    seen = weakref.ref(x)
+    gc.disable()
+    try:
+        with contextlib.suppress(CaptureError):
+            capture(module, (x,), {})
+        del x
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 def test_the_random_state_is_untouched():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import velora_fx
 from tests.gradients import assert_same_gradients, step
 from tests.test_memory import batch_of, bert, gpt2, llama, measured_peak
-from tests.toys import Block, Stack, rows, stack
+from tests.toys import Block, Stack, rows, stack, without_dropout
 from tests.zoo import loss_of
 from velora_fx.checkpointing import Checkpointed, install_checkpointing
 
@@ -69,9 +69,7 @@ def test_what_is_cheap_is_recomputed_first() -> None:
 
 
 def test_compiled_as_a_whole_the_gradients_are_the_same() -> None:
-    model, x = stack(), rows()
-    for block in model.blocks:
-        block.dropout.p = 0.0
+    model, x = without_dropout(stack()), rows()
     reference = copy.deepcopy(model)
     install_checkpointing(model, {"blocks.0": "pointwise", "blocks.1": "all"})
     reference(x).backward()

@@ -17,7 +17,7 @@ from torch._inductor.utils import fresh_cache
 
 import velora_fx
 from tests.gradients import assert_same_gradients, step, tightest
-from tests.toys import compressed, rows, stack
+from tests.toys import compressed, rows, stack, without_dropout
 from tests.zoo import ZOO, loss_of
 
 
@@ -26,14 +26,6 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     with fresh_cache():
         yield
-
-
-def without_dropout(model: nn.Module) -> nn.Module:
-    """Inductor draws dropout masks of its own."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
 
 
 @pytest.mark.slow

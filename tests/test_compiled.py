@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.padding import padded_products
 from tests.peaks import assert_near, assert_predicted, measured_peak, predict
-from tests.toys import Stack, rows, stack
+from tests.toys import Stack, rows, stack, without_dropout
 from tests.zoo import loss_of
 from velora_fx.analysis import Actions
 from velora_fx.compiled import CompiledForward, compiled_forward, unobserved
@@ -119,9 +119,7 @@ def test_a_model_that_returns_something_unusual_is_refused_with_the_way_out() ->
 
 
 def test_a_deep_models_peak_is_the_real_allocators() -> None:
-    model = stack(num_blocks=7)
-    for block in model.blocks:
-        block.dropout.p = 0.0
+    model = without_dropout(stack(num_blocks=7))
     batch = {"x": rows(16, 64)}
     predicted = predict(model, batch, target="inductor")
     # Between the inner blocks nothing is fused; beyond them Inductor lets the sums of a few blocks wait.
@@ -146,9 +144,7 @@ def test_a_mask_that_all_attentions_use_is_made_and_kept_once() -> None:
 
 def test_the_compilers_padding_of_products_hides_no_input() -> None:
     """As on a GPU, where widths and rows that are odd are padded."""
-    model, batch = stack(num_blocks=2, width=33), {"x": rows(63, 9, 33)}
-    for block in model.blocks:
-        block.dropout.p = 0.0
+    model, batch = without_dropout(stack(num_blocks=2, width=33)), {"x": rows(63, 9, 33)}
     plain = predict(model, batch, target="inductor").analysis
     with padded_products():
         padded = assert_predicted(model, batch, "inductor").analysis

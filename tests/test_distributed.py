@@ -19,14 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import velora_fx
 from tests.gradients import compressed_weights, rebuilt_inputs, regions_of, tightest
-from tests.toys import stack
-
-
-def without_dropout() -> nn.Module:
-    model = stack()
-    for block in model.blocks:
-        block.dropout.p = 0.0
-    return model
+from tests.toys import stack, without_dropout
 
 
 def on_two_ranks(work: Callable[[int], None]) -> None:
@@ -46,7 +39,7 @@ def _rank(rank: int, store: str, work: Callable[[int], None]) -> None:
 
 def joined_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     """The gradients of one process on both ranks' batches."""
-    reference = without_dropout()
+    reference = without_dropout(stack())
     with rebuilt_inputs(reference, compressed_weights(model)):
         (reference(batch(0)) + reference(batch(1))).div(2).backward()
     return {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
@@ -57,7 +50,7 @@ def batch(rank: int) -> torch.Tensor:
 
 
 def ddp(rank: int) -> None:
-    model = without_dropout()
+    model = without_dropout(stack())
     velora_fx.optimize(model, plan=tightest(model, (batch(rank),)), example_inputs=(batch(rank),))
     wrapped = DistributedDataParallel(model)
     wrapped(batch(rank)).backward()
@@ -67,7 +60,7 @@ def ddp(rank: int) -> None:
 
 
 def fsdp2(rank: int) -> None:
-    model = without_dropout()
+    model = without_dropout(stack())
     velora_fx.optimize(model, plan=tightest(model, (batch(rank),)), example_inputs=(batch(rank),))
     expected = joined_gradients(model)
     for block in model.blocks:
@@ -80,7 +73,7 @@ def fsdp2(rank: int) -> None:
 
 
 def batch_mean(rank: int) -> None:
-    model = without_dropout()
+    model = without_dropout(stack())
     plan = tightest(model, (batch(rank),), projection="batch_mean")
     velora_fx.optimize(model, plan=plan, example_inputs=(batch(rank),))
     mine = torch.cat([v.flatten() for region in regions_of(model) for v in region.projections.values()])
@@ -98,7 +91,7 @@ def test_ddp_averages_the_gradients_of_both_ranks() -> None:
 
 
 def measured_under_ddp(rank: int) -> None:
-    model = without_dropout()
+    model = without_dropout(stack())
     velora_fx.optimize(model, 1, (batch(rank),), measure=True)
     wrapped = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -111,7 +104,7 @@ def measured_under_ddp(rank: int) -> None:
 
 def factored_and_joined() -> tuple[nn.Module, nn.Module]:
     """A model with factored gradients in float64, and one with dense ones of the same projections."""
-    model = without_dropout().double()
+    model = without_dropout(stack()).double()
     plan = tightest(model, (batch(0).double(),), gradients="factored")
     made = [
         velora_fx.optimize(copy.deepcopy(model), plan=each, example_inputs=(batch(0).double(),))

@@ -13,16 +13,13 @@ import velora_fx
 from tests.allocator import peak_of
 from tests.gradients import assert_same_gradients, tightest
 from tests.test_memory import tensor_bytes
-from tests.toys import rows, stack
+from tests.toys import rows, stack, without_dropout
 
 BATCH = (rows(64, 64, 64),)
 
 
 def model_without_dropout(num_blocks: int = 3) -> nn.Module:
-    model = stack(width=64, num_blocks=num_blocks)
-    for block in model.blocks:
-        block.dropout.p = 0.0
-    return model
+    return without_dropout(stack(width=64, num_blocks=num_blocks))  # type: ignore[no-any-return]
 
 
 def compiled_peak(model: nn.Module, by_blocks: bool) -> int:

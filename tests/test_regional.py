@@ -13,16 +13,9 @@ from torch.utils.checkpoint import checkpoint
 import velora_fx
 from tests import zoo
 from tests.peaks import assert_near, measured_peak, predict
-from tests.toys import Stack, rows, stack
+from tests.toys import Stack, rows, stack, without_dropout
 from velora_fx.analysis import Actions
 from velora_fx.installing import install
-
-
-def plain(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model.train()
 
 
 def batch() -> dict[str, Tensor]:
@@ -30,7 +23,7 @@ def batch() -> dict[str, Tensor]:
 
 
 def test_the_peak_is_the_allocators_untouched_and_compressed() -> None:
-    model = plain(stack(num_blocks=4))
+    model = without_dropout(stack(num_blocks=4))
     analysis = predict(model, batch(), target="inductor").analysis
     sizes = {candidate.key: candidate.sizes[-1] for candidate in analysis.candidates}
     compressed = copy.deepcopy(model)
@@ -63,7 +56,7 @@ class Checkpointing(Stack):
 @pytest.mark.slow
 def test_compiled_blocks_inside_of_checkpoints_run_twice() -> None:
     torch.manual_seed(0)
-    model = plain(Checkpointing(3))
+    model = without_dropout(Checkpointing(3))
     analysis = predict(model, batch(), target="inductor").analysis
     peak = analysis.peak(Actions(), by_blocks=True)
     assert_near(peak.peak_bytes, measured_peak(model, batch(), "blocks"), "blocks")
@@ -75,11 +68,11 @@ def note_of(plan: velora_fx.Plan) -> str:
 
 @pytest.mark.slow
 def test_the_plan_says_for_which_way_of_compiling_its_figures_are_where_they_differ() -> None:
-    model = plain(stack(num_blocks=4))
+    model = without_dropout(stack(num_blocks=4))
     plan = velora_fx.plan(model, None, batch(), target="inductor", optimizer="sgd")
     assert not note_of(plan)  # alike within one hundredth
     torch.manual_seed(0)
-    checkpointing = plain(Checkpointing(3))
+    checkpointing = without_dropout(Checkpointing(3))
     plan = velora_fx.plan(checkpointing, None, batch(), target="inductor", optimizer="sgd")
     assert note_of(plan).startswith("all figures are for torch.compile(model); with each block compiled by itself")
 
@@ -87,7 +80,7 @@ def test_the_plan_says_for_which_way_of_compiling_its_figures_are_where_they_dif
 def test_a_model_in_which_nothing_repeats_and_an_eager_plan_have_no_such_note() -> None:
     torch.manual_seed(0)
     single = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 4))
-    for target, model in (("inductor", single), ("eager", plain(stack()))):
+    for target, model in (("inductor", single), ("eager", without_dropout(stack()))):
         name = "x" if target == "eager" else "input"
         plan = velora_fx.plan(model, None, {name: rows(32, 64)}, target=target, optimizer="sgd")
         assert not note_of(plan)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import random
@@ -15,11 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import velora_fx.search
-from tests.peaks import assert_near, measured_peak
-from tests.toys import Block, rows, stack
+from tests.toys import Block, rows, stack, without_dropout
 from tests.zoo import ZOO, loss_of
 from velora_fx.analysis import Actions, Analysis, analyse
-from velora_fx.installing import install
 from velora_fx.options import Options
 from velora_fx.search import Search
 from velora_fx.solver import RELATIVE_GAP, Item, Moment, choose
@@ -89,45 +86,10 @@ def test_the_lowest_rung_of_a_cost_is_found(
     assert search._lowest_alike(rung) == lowest
 
 
-class Products(nn.Module):
-    """Matrix products right after each other: their inputs cannot be made again without a product."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x).square().mean()  # type: ignore[no-any-return]
-
-
 def compiled_search(model: nn.Module, batch: dict[str, Tensor]) -> Search:
     options = Options(target="inductor", optimizer="sgd", loss_fn=lambda output: output)
     analysis = analyse(model, (), batch, options, torch.device("cpu"), lambda step: None)
     return Search(analysis, compresses=True, recomputes=False)
-
-
-def without_dropout(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
-
-
-@pytest.mark.slow
-def test_compiled_code_makes_projections_again_so_that_the_smallest_sub_tokens_free_nearly_everything() -> None:
-    model, batch = without_dropout(stack(num_blocks=4)), {"x": rows(64, 64)}
-    search = compiled_search(model, batch)
-    assert not search.projections_are_kept
-    peaks = [measured_peak(model, batch, "inductor")]
-    for index in (0, -1):
-        sizes = {candidate.key: candidate.sizes[index] for candidate in search.analysis.candidates}
-        compressed = copy.deepcopy(model)
-        install(compressed, search.analysis.region_plans(sizes), seed=0)
-        peaks.append(measured_peak(compressed, batch, "inductor"))
-        assert_near(search.analysis.peak(Actions(sizes)).peak_bytes, peaks[-1], "inductor")
-    untouched, at_two, at_most = peaks
-    assert untouched - at_two > 0.75 * (untouched - at_most)  # kept, they would free about half of it
 
 
 @pytest.mark.slow
@@ -138,16 +100,6 @@ def test_sub_tokens_grow_where_projections_are_too_large_in_backward() -> None:
     actions, peak = search.within(budget)
     assert search.tightest[1].peak_bytes <= peak.peak_bytes <= budget
     assert min(actions.sizes.values()) > 2
-
-
-def test_projections_of_what_only_a_product_makes_are_kept() -> None:
-    batch = {"x": rows(64, 64, 64)}
-    search = compiled_search(Products().train(), batch)
-    assert search.projections_are_kept
-    assert min(search.tightest[0].sizes.values()) > 2
-    compressed = Products().train()
-    install(compressed, search.analysis.region_plans(search.tightest[0].sizes), seed=0)
-    assert_near(search.tightest[1].peak_bytes, measured_peak(compressed, batch, "inductor"), "inductor")
 
 
 @pytest.mark.slow

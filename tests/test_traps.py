@@ -21,7 +21,7 @@ from tests.peaks import (
     predict,
     tensor_bytes,
 )
-from tests.toys import Block, Stack, rows, stack
+from tests.toys import Block, Stack, rows, stack, without_dropout
 
 pytestmark = pytest.mark.parametrize("target", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 WIDTH, VOCABULARY = 32, 256
@@ -32,14 +32,6 @@ def batch_of(batch_size: int = 32, length: int = 64) -> dict[str, Tensor]:
     return {"x": rows(batch_size, length)}
 
 
-def plain(model: nn.Module) -> Any:
-    """The model without dropout, which Inductor draws otherwise than eager code."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
-
-
 class Language(nn.Module):
     """Embedding, blocks, and a head over the vocabulary that may be tied to it."""
 
@@ -47,7 +39,7 @@ class Language(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.tokens, self.upcast = nn.Embedding(VOCABULARY, WIDTH), upcast
-        self.blocks = nn.ModuleList(plain(Block(WIDTH)) for _ in range(2))
+        self.blocks = nn.ModuleList(without_dropout(Block(WIDTH)) for _ in range(2))
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
         if tied:
             self.head.weight = self.tokens.weight
@@ -65,7 +57,7 @@ def ids(batch_size: int = 16, length: int = 32) -> dict[str, Tensor]:
 
 
 def test_ambient_autocast_casts_activations_and_weights(target: str) -> None:
-    model, batch = plain(stack(num_blocks=2)), batch_of(128)  # products in bfloat16 take 0.1 MiB to work in
+    model, batch = without_dropout(stack(num_blocks=2)), batch_of(128)  # products in bfloat16 take 0.1 MiB to work in
     predicted = assert_predicted(model, batch, target, autocast=True)
     assert any(saving.dtype == torch.bfloat16 for saving in predicted.analysis.findings.savings) or target != "eager"
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -121,7 +113,7 @@ def test_tensors_that_are_both_returned_and_saved_count_once(target: str) -> Non
 
 @pytest.mark.slow
 def test_frozen_layers_have_no_gradients_and_save_nothing_for_their_weights(target: str) -> None:
-    model = plain(stack(num_blocks=3))
+    model = without_dropout(stack(num_blocks=3))
     all_trained = predict(model, batch_of(), target=target).untouched_bytes
     for parameter in model.blocks[:2].parameters():
         parameter.requires_grad_(False)
@@ -133,7 +125,7 @@ def test_frozen_layers_have_no_gradients_and_save_nothing_for_their_weights(targ
 @pytest.mark.slow
 def test_lora_adapters(target: str) -> None:
     case = next(case for case in zoo.ZOO if case.name == "llama_lora")
-    model = plain(case.build())
+    model = without_dropout(case.build())
     predicted = assert_predicted(model, case.batch(16, 32), target, zoo.loss_of)
     assert predicted.analysis.baseline.breakdown["gradients"] < 0.2 * tensor_bytes(model.parameters())
 
@@ -145,7 +137,7 @@ class Encoded(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.encoder = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
-        self.body = plain(Stack(2))
+        self.body = without_dropout(Stack(2))
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -160,7 +152,7 @@ def test_a_sub_network_without_gradients(target: str) -> None:
 
 
 def test_a_stretch_without_gradients_inside_of_blocks(target: str) -> None:
-    model = plain(stack("no_grad", num_blocks=2))
+    model = without_dropout(stack("no_grad", num_blocks=2))
     predicted = assert_predicted(model, batch_of(), target)
     assert_only_compressed_gradients_differ(predicted, model, batch_of(), target)
 
@@ -180,7 +172,7 @@ class Counting(Stack):
 
 def test_buffers_that_the_forward_changes(target: str) -> None:
     torch.manual_seed(0)
-    model = plain(Counting().train())
+    model = without_dropout(Counting().train())
     before = copy.deepcopy(model.state_dict())
     predicted = assert_predicted(model, batch_of(), target)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -200,7 +192,7 @@ class Twice(nn.Module):
 
 @pytest.mark.slow
 def test_two_forwards_before_one_backward_are_planned_through_a_module_that_makes_both(target: str) -> None:
-    model = Twice(plain(stack(num_blocks=2))).train()
+    model = Twice(without_dropout(stack(num_blocks=2))).train()
     once = predict(model.model, batch_of(), target=target).analysis.baseline.breakdown["activations"]
     predicted = assert_predicted(model, batch_of(), target)
     assert predicted.analysis.baseline.breakdown["activations"] > 1.7 * once
@@ -209,7 +201,7 @@ def test_two_forwards_before_one_backward_are_planned_through_a_module_that_make
 
 @pytest.mark.slow
 def test_gradients_that_are_accumulated_meet_those_of_the_batch(target: str) -> None:
-    model = plain(Stack(3, width=128)).train()
+    model = without_dropout(Stack(3, width=128)).train()
     batch = {"x": rows(2, 8, 128)}
     predicted = assert_predicted(model, batch, target, gradient_accumulation=2)
     once = predict(model, batch, target=target).untouched_bytes
@@ -238,13 +230,13 @@ class Checkpointing(Stack):
 
 def test_inside_checkpointed_blocks_nothing_is_compressed(target: str) -> None:
     torch.manual_seed(0)
-    model = plain(Checkpointing(3)).train()
+    model = without_dropout(Checkpointing(3)).train()
     predicted = predict(model, batch_of(), target=target)
     assert not [c for c in predicted.analysis.candidates if c.region.startswith("blocks")]
     reasons = {skipped.module: skipped.reason for skipped in predicted.analysis.skipped}
     assert "not kept for backward" in reasons["blocks.0.down"]
     assert_near(predicted.untouched_bytes, measured_peak(model, batch_of(), target), target)
-    assert predicted.untouched_bytes < predict(plain(stack()), batch_of(), target=target).untouched_bytes
+    assert predicted.untouched_bytes < predict(without_dropout(stack()), batch_of(), target=target).untouched_bytes
 
 
 @pytest.mark.slow

@@ -60,6 +60,14 @@ def stack(stretch: str = "", num_blocks: int = 3, width: int = 32) -> Stack:
     return Stack(num_blocks, stretch, width).train()
 
 
+def without_dropout(model: nn.Module) -> Any:
+    """The model, whose masks Inductor draws otherwise than eager code, with none."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
 def rows(batch_size: int = 4, length: int = 8, width: int = 32) -> Tensor:
     """Seeded input of a `Stack`."""
     return torch.randn(batch_size, length, width, generator=torch.Generator().manual_seed(1))

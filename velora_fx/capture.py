@@ -59,17 +59,18 @@ def capture(
             raise CaptureError(f"its forward takes an argument of type {type(leaf).__name__}")
     slots = [index for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
     state = state_of(module)
+    names = list(state)
     caches_casts = torch.is_autocast_cache_enabled()
     result: dict[str, Any] = {}
 
     class Shim(torch.nn.Module):
         def forward(self, ts: list[torch.Tensor]) -> list[Any]:
             filled = list(leaves)
-            traced = dict(zip(slots, ts[len(state) :], strict=True))
+            traced = dict(zip(slots, ts[len(names) :], strict=True))
             for slot in slots:
                 filled[slot] = traced[next(other for other in slots if leaves[other] is leaves[slot])]
             call_args, call_kwargs = unflatten(structure, filled)
-            named = {f"inner.{name}": tensor for name, tensor in zip(state, ts, strict=False)}
+            named = {f"inner.{name}": tensor for name, tensor in zip(names, ts, strict=False)}
             torch.set_autocast_cache_enabled(caches_casts)  # what the forward's autocast takes; tracing had set it off
             with changes_in((call_args, call_kwargs)) as changed_arguments:
                 output = torch.func.functional_call(_ForwardOnly(module), named, call_args, call_kwargs)
@@ -88,6 +89,8 @@ def capture(
             raise
         except Exception as error:
             raise CaptureError(_first_line(error)) from error
+        finally:
+            leaves.clear()  # else they live in the cycle that a local class is, until Python looks for those
     _check_attributes(module, reads, changed)
     constants = []
     for leaf in result["leaves"]:
@@ -95,7 +98,7 @@ def capture(
             raise CaptureError(f"its forward returns a {type(leaf).__name__}")
         constants.append(None if isinstance(leaf, (torch.Tensor, torch.SymInt)) else leaf)
     output_slots = [i for i, leaf in enumerate(result["leaves"]) if isinstance(leaf, (torch.Tensor, torch.SymInt))]
-    gm = plain_graph_module(program, list(state))
+    gm = plain_graph_module(program, names)
     guards = _guards(program, gm, len(state))
     return Captured(gm, result["outputs"], tuple(constants), tuple(output_slots), guards, frozenset(reads))
 

@@ -137,7 +137,7 @@ def write_plan(
 ) -> Plan:
     """The plan that the actions amount to."""
     analysis = search.analysis
-    keeps = bool(actions.sizes) and search.projections_are_kept
+    keeps = bool(actions.sizes) and search.problem.projections_are_kept
     decided = (*analysis.candidates, *(candidate for candidate in analysis.sharing if candidate.key in actions.sizes))
     consumers = {name for candidate in decided for name in candidate.consumers}
     plan = Plan(
@@ -225,7 +225,7 @@ def _notes(search: Search, actions: Actions, plan: Plan) -> list[str]:
             "the model fills key-value caches in training, which a compiled model returns: "
             "model.config.use_cache = False frees them, exactly"
         )
-    if plan.compressed and not search.projections_are_kept:
+    if plan.compressed and not search.problem.projections_are_kept:
         notes.append(
             "projections take no memory from forward to backward: compiled code makes them again, of what it keeps "
             "anyway"
