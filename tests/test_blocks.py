@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.test_memory import batch_of, llama
-from tests.toys import rows, stack
+from tests.toys import Stack, rows, stack
 from velora_fx.analysis import Analysis, analyse
 from velora_fx.options import Options
 
@@ -26,8 +28,18 @@ def test_blocks_are_found_in_order_and_equal_ones_keep_equally_much() -> None:
     assert [block.end for block in blocks] == sorted((block.end for block in blocks), reverse=True)
 
 
+class Masking(Stack):
+    """Makes a mask that all of its blocks keep."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: Any = None) -> Tensor:
+        return super().forward(x, x.detach().sigmoid())
+
+
 def test_what_all_blocks_keep_counts_for_none() -> None:
-    model, mask = stack(), torch.ones(64, 64, 32)
+    model, making = stack(), Masking().train()
+    made = analysis_of(making, rows(64, 64)).blocks
+    assert [block.kept_bytes for block in made] == [b.kept_bytes for b in analysis_of(model, rows(64, 64)).blocks]
+    mask = torch.ones(64, 64, 32)
     alone = analysis_of(model, rows(64, 64)).blocks
     masked = analysis_of(model, rows(64, 64), mask).blocks
     assert [block.kept_bytes for block in masked] == [block.kept_bytes for block in alone]

@@ -83,7 +83,8 @@ def test_eval_and_no_grad_run_the_original_forward() -> None:
     stand_in = Checkpointed("", model.blocks[0], "all")
     stand_in.original = lambda *args, **kwargs: calls.append(args) or original(model.blocks[0], *args, **kwargs)
     stand_in.install()
-    model.eval()(rows())
+    model.eval()(rows()).backward()
+    assert len(calls) == 1  # and not once more in backward
     with torch.no_grad():
         model.train()(rows())
     assert len(calls) == 2

@@ -116,7 +116,11 @@ def test_too_many_kinds_of_calls_are_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_after_to_bfloat16_the_model_is_still_trained() -> None:
     model = pair("stack").copies()[0].to(torch.bfloat16)
+    before = copy.deepcopy(model.state_dict())
     one_step(model, rows().bfloat16())
+    for name in carriers(model):
+        weight = name.removesuffix("_carrier")
+        assert not torch.equal(model.state_dict()[weight], before[weight]), weight
     assert all(carrier.dtype == torch.bfloat16 and not carrier.any() for carrier in carriers(model).values())
 
 

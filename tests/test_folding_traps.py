@@ -266,3 +266,24 @@ def test_planning_with_an_optimizer_made_after_optimize_sees_its_carriers():
     optimizer = torch.optim.AdamW(model.parameters())
     plans = [tightest(model, pair("stack").batch(0), optimizer=o, gradients="factored") for o in (optimizer, "adamw")]
     assert plans[0].planned.peak_bytes == plans[1].planned.peak_bytes
+
+
+def test_gradients_that_a_hook_after_the_step_makes_anew_are_not_divided():
+    model, _ = pair("stack").copies()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.register_step_post_hook(lambda *_: [c.grad.fill_(1.0) for c in carriers(model).values()])
+    loss_value(model(**pair("stack").batch(0))).backward()
+    optimizer.step()
+    assert all((carrier.grad == 1).all() for carrier in carriers(model).values())
+
+
+def test_groups_of_parameters_by_name_decay_and_step_as_their_weights_would():
+    def train_one(model: nn.Module) -> None:
+        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                groups["up" in name].append(p)
+        decayed = [{"params": groups[True], "weight_decay": 0.5, "lr": 1e-2}, {"params": groups[False]}]
+        train(model, torch.optim.AdamW(decayed, lr=1e-3, weight_decay=0.0))
+
+    assert_trained_alike(train_one)

@@ -102,7 +102,7 @@ def test_what_the_forward_keeps_is_shown_with_what_it_is_kept_for() -> None:
 
     compiler().run(gm, inputs(module), observe)
     names = list(state_of(module))
-    found = {names[number]: width for use in seen.values() for number, width in use.gradients_of}
+    found = {names[number]: width for use in seen.values() for number, _, width in use.gradients_of}
     assert found == {"up.weight": 32, "down.weight": 64}
 
 
@@ -119,7 +119,7 @@ def test_constants_of_a_graph_shift_no_weights_number() -> None:
 
     def observe(tensors: Mapping[str, Tensor], kept: Mapping[str, Kept]) -> None:
         names = list(state_of(module))
-        found.update({names[number]: width for name in tensors for number, width in kept[name].gradients_of})
+        found.update({names[number]: width for name in tensors for number, _, width in kept[name].gradients_of})
 
     compiler().run(gm, inputs(module), observe)
     assert found == {"up.weight": 32, "down.weight": 64}

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from velora_fx.solver import Item, Moment, choose
+from velora_fx.solver import Item, Moment, _trimmed, choose, highest_levels
 
 GAP = 1e-4  # of the optimal cost, as the solver promises; the trim afterwards only lowers it
 few = settings(max_examples=150, deadline=None, derandomize=True)
@@ -127,7 +127,7 @@ def tied_instances(draw: st.DrawFn) -> Instance:
             items.append(Item(f"tied {index}", tuple(sorted(savings)), (), tied_to=index))
     moments = [Moment(draw(st.integers(60, 160)), tuple((index, 1) for index in range(len(items))))]
     for _ in range(draw(st.integers(0, 3))):
-        alive = sorted(draw(st.lists(st.integers(0, 1), unique=True))) + list(range(2, len(items)))
+        alive = sorted(draw(st.lists(st.integers(0, len(items) - 1), unique=True)))
         moments.append(Moment(draw(st.integers(0, 160)), tuple((index, 1) for index in alive)))
     return Instance(tuple(items), tuple(moments), draw(st.integers(0, 160)))
 
@@ -323,3 +323,30 @@ def test_a_model_of_ordinary_size_is_solved_within_the_promised_gap(share):
         needed, bound = needed - taken, bound + slope * taken
     largest_step = max(item.costs[0] for item in items)
     assert bound * (1 - 1e-9) <= Instance(items, moments, budget).cost(levels) <= bound * (1 + GAP) + largest_step
+
+
+def test_a_later_item_may_be_compressed_where_an_earlier_one_of_its_group_is_covered():
+    items = (
+        Item("a", (10,), (1.0,), covered_by=2),
+        Item("a", (10,), (1.0,), covered_by=3),
+        Item("blocks", (30,), (5.0,)),
+        Item("blocks", (30,), (5.0,)),
+    )
+    assert choose(items, (Moment(100, ((0, 1), (1, 1), (2, 1), (3, 1))),), 60) == (0, 1, 1, 0)
+
+
+@few
+@given(instances())
+def test_from_everything_compressed_levels_are_lowered_until_none_can_be(instance):
+    levels = _trimmed(instance.items, instance.moments, instance.budget, highest_levels(instance.items))
+    assume(instance.peak(tuple(highest_levels(instance.items))) <= instance.budget)
+    assert instance.allowed(levels)
+    for index, level in enumerate(levels):
+        assert not any(instance.allowed((*levels[:index], lower, *levels[index + 1 :])) for lower in range(level))
+
+
+def test_where_the_solver_finds_nothing_in_time_everything_is_compressed_that_has_to_be(monkeypatch):
+    monkeypatch.setattr("velora_fx.solver._solve", lambda items, constraints, seconds: None)
+    items = (Item("a", (4, 8), (2.0, 3.0)), Item("b", (4,), (1.0,)))
+    assert choose(items, (Moment(20, ((0, 1), (1, 1))),), 9) == (2, 1)
+    assert choose(items, (Moment(20, ((0, 1), (1, 1))),), 12) == (2, 0)
