@@ -453,7 +453,8 @@ def test_the_state_round_trips_into_an_untouched_model() -> None:
 
 def test_batch_mean_projects_on_the_normalised_mean_sub_token_of_the_example_inputs() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 4)).train()
+    drawing = nn.BatchNorm1d(8), nn.Dropout(0.1)
+    model = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 16), *drawing, nn.Tanh(), nn.Linear(16, 4)).train()
     x = rows() + 1.0
     with torch.no_grad():
         model[0].bias.add_(0.5)
@@ -461,6 +462,7 @@ def test_batch_mean_projects_on_the_normalised_mean_sub_token_of_the_example_inp
     generator = torch.get_rng_state()
     velora_fx.optimize(model, plan=plan, example_inputs=(x,))
     assert torch.equal(torch.get_rng_state(), generator)
+    assert not model[2].running_mean.any() and model[2].num_batches_tracked == 0
     mean = F.layer_norm(x, (32,), bias=model[0].bias, weight=model[0].weight).double().reshape(-1, 8).mean(0)
     v = compressed_weights(model)["1.weight"]
     assert v.shape == (4, 8)

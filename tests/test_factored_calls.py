@@ -154,3 +154,10 @@ def test_recomputed_blocks_keep_dense_gradients() -> None:
     assert not any(name.startswith(f"{item.region}.") for name in carriers(model) for item in plan.recomputed)
     one_step(model, **batch)
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_compiled_for_another_kind_of_call_it_is_refused() -> None:
+    torch._dynamo.reset()
+    model, _ = pair("stack").copies()
+    compiled = torch.compile(model, backend="aot_eager")
+    refused(model, lambda: compiled(rows().double(), torch.ones(4, 8, 1, dtype=torch.float64)), "in a new way")

@@ -100,6 +100,7 @@ def test_sub_tokens_grow_where_projections_are_too_large_in_backward() -> None:
     actions, peak = search.within(budget)
     assert search.tightest[1].peak_bytes <= peak.peak_bytes <= budget
     assert min(actions.sizes.values()) > 2
+    assert max(actions.sizes.values()) < max(search.tightest[0].sizes.values())
 
 
 @pytest.mark.slow

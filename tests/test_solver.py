@@ -6,7 +6,9 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from unittest import mock
 
+import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -350,3 +352,20 @@ def test_where_the_solver_finds_nothing_in_time_everything_is_compressed_that_ha
     items = (Item("a", (4, 8), (2.0, 3.0)), Item("b", (4,), (1.0,)))
     assert choose(items, (Moment(20, ((0, 1), (1, 1))),), 9) == (2, 1)
     assert choose(items, (Moment(20, ((0, 1), (1, 1))),), 12) == (2, 0)
+
+
+def test_a_lower_moment_counts_at_which_something_is_alive_that_takes_more_than_it_frees():
+    items = (Item("a", (10,), (1.0,)), Item("tied", (-50,), (), tied_to=0))
+    moments = (Moment(100, ((0, 1),)), Moment(99, ((0, 1), (1, 1))))
+    assert choose(items, moments, 95) is None
+
+
+@few
+@given(instances())
+def test_what_the_solver_compresses_too_far_is_lowered(instance):
+    everything = sum(len(item.costs) for item in instance.items)
+    with mock.patch("velora_fx.solver._solve", lambda *_: np.ones(everything, dtype=int)):
+        levels = instance.solved()
+    assume(levels is not None)
+    for index, level in enumerate(levels):
+        assert not any(instance.allowed((*levels[:index], lower, *levels[index + 1 :])) for lower in range(level))
