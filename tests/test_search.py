@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import velora_fx.search
-from tests.toys import Block, rows, stack, without_dropout
+from tests.toys import AfterBlocks, rows, stack, without_dropout
 from tests.zoo import ZOO, loss_of
 from velora_fx.analysis import Actions, Analysis, analyse
 from velora_fx.options import Options
@@ -111,18 +111,6 @@ def test_a_compiled_plan_leaves_little_of_its_budget() -> None:
         budget = smallest + int(share * (untouched - smallest))
         actions, peak = search.within(budget)
         assert actions.sizes and budget - 0.2 * (untouched - smallest) <= peak.peak_bytes <= budget
-
-
-class AfterBlocks(nn.Module):
-    """Equal blocks, and then products that are no part of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.Sequential(*(without_dropout(Block(64)) for _ in range(6)))
-        self.wide = nn.ModuleDict({"up": nn.Linear(64, 1024), "same": nn.Linear(1024, 1024)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.wide["same"](self.wide["up"](self.blocks(x))).square().mean()  # type: ignore[no-any-return]
 
 
 def test_the_smallest_peak_with_recompute_is_that_of_both_together() -> None:

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import velora_fx
-from tests.toys import rows, stack
+from tests.toys import AfterBlocks, rows, stack
 from velora_fx import devices
 from velora_fx.analysis import Actions, analyse
 from velora_fx.options import Options
-from velora_fx.speed import Kind, choose_sizes, saved_seconds
+from velora_fx.speed import Kind, choose_sizes, faster, saved_seconds
 
 few = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -260,12 +260,21 @@ def test_blocks_are_recomputed_where_what_compression_needs_is_not_allowed():
     assert velora_fx.plan(model, budget_gb, batch, **options).approximation > 1e-3
     plan = velora_fx.plan(model, budget_gb, batch, objective="speed", max_approximation=1e-3, **options)
     assert plan.fits and plan.recomputed and plan.approximation <= 1e-3
-    with pytest.raises(velora_fx.BudgetError) as caught:
-        velora_fx.plan(model, 1e-9, batch, **options)
-    if caught.value.smallest_peak_bytes < smallest:
-        between = (caught.value.smallest_peak_bytes + smallest) / 2**31
-        with pytest.raises(velora_fx.BudgetError, match=r"and recompute alone takes .* at the least"):
-            velora_fx.plan(model, between, batch, objective="speed", max_approximation=1e-3, **options)
+
+
+@pytest.mark.slow
+def test_where_recompute_alone_is_not_enough_the_error_says_what_it_takes():
+    torch.manual_seed(0)
+    model, batch = AfterBlocks().train(), (rows(64, 64, 64),)
+    smallest = []
+    for options in ({"exact_only": True}, {"recompute": True}):
+        with pytest.raises(velora_fx.BudgetError) as caught:
+            velora_fx.plan(model, 1e-9, batch, optimizer="sgd", **options)
+        smallest.append(caught.value.smallest_peak_bytes)
+    assert smallest[1] < smallest[0]
+    speed = {"objective": "speed", "max_approximation": 1e-3, "optimizer": "sgd", "recompute": True}
+    with pytest.raises(velora_fx.BudgetError, match=r"and recompute alone takes .* at the least"):
+        velora_fx.plan(model, sum(smallest) / 2**31, batch, **speed)
 
 
 @pytest.mark.parametrize("short", [0.0, 1e-9, 1e-7, 1e-6, 1e-3])
@@ -275,3 +284,13 @@ def test_what_is_chosen_is_within_the_cost_to_the_last_digit(short):
     chosen = choose_sizes([kind], 15.0 - short)
     assert sum(math.log2(size) for size in chosen.values()) <= 15.0 - short
     assert sorted(chosen.values()) == ([32, 32, 32] if short == 0 else [16, 32, 32])
+
+
+def test_what_a_simulation_does_not_confirm_is_not_done():
+    model, batch = wide_llama()
+    analysis = analyse(model, (), batch, Options(), torch.device("cpu"), lambda message: None)
+    nothing = Actions(), analysis.baseline
+    assert faster(analysis, *nothing, None, 5.0)[0].sizes
+    assert faster(analysis, *nothing, 1, 5.0) == nothing  # above the budget
+    slow = replace(analysis, simulate=lambda actions: replace(analysis.simulate(actions), seconds=math.inf))
+    assert faster(slow, *nothing, None, 5.0) == nothing

@@ -68,6 +68,18 @@ def without_dropout(model: nn.Module) -> Any:
     return model
 
 
+class AfterBlocks(nn.Module):
+    """Equal blocks, and then products that are no part of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(without_dropout(Block(64)) for _ in range(6)))
+        self.wide = nn.ModuleDict({"up": nn.Linear(64, 1024), "same": nn.Linear(1024, 1024)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wide["same"](self.wide["up"](self.blocks(x))).square().mean()  # type: ignore[no-any-return]
+
+
 def rows(batch_size: int = 4, length: int = 8, width: int = 32) -> Tensor:
     """Seeded input of a `Stack`."""
     return torch.randn(batch_size, length, width, generator=torch.Generator().manual_seed(1))
