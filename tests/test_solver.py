@@ -303,7 +303,7 @@ def transformer(num_layers: int, sizes: Sequence[int]) -> tuple[tuple[Item, ...]
 
 
 @pytest.mark.parametrize("share", [0.3, 0.9])
-def test_a_model_of_ordinary_size_is_solved_within_the_promised_gap(share):
+def test_a_model_of_ordinary_size_is_solved_within_the_promised_gap(share, monkeypatch):
     """12 layers of 4 tensors at 7 sizes; the linear relaxation by its groups bounds the optimum from below."""
     items, moments = transformer(12, [2**power for power in range(1, 8)])
     highest = max(moment.peak_bytes for moment in moments)
@@ -325,6 +325,11 @@ def test_a_model_of_ordinary_size_is_solved_within_the_promised_gap(share):
         needed, bound = needed - taken, bound + slope * taken
     largest_step = max(item.costs[0] for item in items)
     assert bound * (1 - 1e-9) <= Instance(items, moments, budget).cost(levels) <= bound * (1 + GAP) + largest_step
+    monkeypatch.setattr("velora_fx.solver.RELATIVE_GAP", 0.0)
+    exact = Instance(items, moments, budget).solved()
+    assert exact is not None
+    cost = Instance(items, moments, budget).cost
+    assert cost(levels) <= cost(exact) * (1 + GAP)
 
 
 def test_a_later_item_may_be_compressed_where_an_earlier_one_of_its_group_is_covered():
@@ -369,3 +374,9 @@ def test_what_the_solver_compresses_too_far_is_lowered(instance):
     assume(levels is not None)
     for index, level in enumerate(levels):
         assert not any(instance.allowed((*levels[:index], lower, *levels[index + 1 :])) for lower in range(level))
+
+
+def test_of_an_item_and_those_that_it_covers_whatever_frees_more_goes_to_its_highest_level():
+    inner = Item("a", (50,), (1.0,), covered_by=1)
+    assert highest_levels([inner, Item("blocks", (30,), (1.0,))]) == [1, 0]
+    assert highest_levels([inner, Item("blocks", (60,), (1.0,))]) == [0, 1]
