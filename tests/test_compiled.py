@@ -15,10 +15,11 @@ from tests.peaks import assert_near, assert_predicted, measured_peak, predict
 from tests.toys import Stack, rows, stack, without_dropout
 from tests.zoo import loss_of
 from velora_fx.analysis import Actions
-from velora_fx.compiled import CompiledForward, compiled_forward, unobserved
+from velora_fx.compiled import Apart, CompiledForward, compiled_forward, unobserved
 from velora_fx.devices import device_rates
 from velora_fx.fake import fake_copy, fake_mode
 from velora_fx.inductor import Inductor
+from velora_fx.opaque import all_calls, inner_calls
 from velora_fx.probe import probe
 from velora_fx.simulate import simulate_forward
 from velora_fx.step_time import StepTimer
@@ -27,7 +28,7 @@ from velora_fx.tracker import Tracker
 CPU = torch.device("cpu")
 
 
-def compiled(model: nn.Module, by_blocks: bool = False) -> tuple[CompiledForward, Tensor]:
+def compiled(model: nn.Module, apart: Apart = inner_calls) -> tuple[CompiledForward, Tensor]:
     """The compiled forward of a fake copy, and a fake input for it."""
     mode = fake_mode()
 
@@ -38,7 +39,7 @@ def compiled(model: nn.Module, by_blocks: bool = False) -> tuple[CompiledForward
     fake, x = fake_copy(model, mode, CPU, "none"), fake_copy(rows(), mode, CPU, "none")
     inductor = Inductor(CPU, StepTimer(device_rates(CPU)))
     made = compiled_forward(
-        fake, (x,), {}, findings.graphs, inductor, unobserved, lambda name: contextlib.nullcontext(), by_blocks
+        fake, (x,), {}, findings.graphs, inductor, unobserved, lambda name: contextlib.nullcontext(), apart
     )
     return made, x
 
@@ -48,19 +49,19 @@ def names(forward: CompiledForward) -> list[str]:
 
 
 def test_few_blocks_are_one_graph_with_what_surrounds_them() -> None:
-    assert names(compiled(stack(num_blocks=4))[0]) == [""]
+    assert names(compiled(stack(num_blocks=8))[0]) == [""]
 
 
 def test_of_many_blocks_the_inner_ones_are_compiled_apart_and_once() -> None:
-    forward, x = compiled(stack(num_blocks=6))
-    assert names(forward) == ["", "blocks.1", "blocks.2", "blocks.3", "blocks.4", ""]
+    forward, x = compiled(stack(num_blocks=9))
+    assert names(forward) == ["", *(f"blocks.{number}" for number in range(1, 8)), ""]
     forward(x).backward()
     assert len(forward.inductor.compiled) == 3
     assert all(parameter.grad is not None for parameter in forward.model.parameters())
 
 
 def test_by_blocks_each_one_is_apart() -> None:
-    assert names(compiled(stack(num_blocks=2), by_blocks=True)[0]) == ["blocks.0", "blocks.1", ""]
+    assert names(compiled(stack(num_blocks=2), apart=all_calls)[0]) == ["blocks.0", "blocks.1", ""]
 
 
 class Returning(Stack):
@@ -129,15 +130,15 @@ def test_a_deep_models_peak_is_the_real_allocators() -> None:
 @pytest.mark.slow
 def test_a_mask_that_all_attentions_use_is_made_and_kept_once() -> None:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6}
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 10}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "use_cache": False}
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).train()
     ids = torch.randint(64, (8, 256))
     batch = {"input_ids": ids, "labels": ids}
     predicted = predict(model, batch, target="inductor", loss_fn=loss_of)
     assert_near(predicted.untouched_bytes, measured_peak(model, batch, "inductor", loss_of), "inductor")
-    first_half = {c.key: 2 for c in predicted.analysis.candidates if c.region < "model.layers.3"}
-    for peak in (predicted.analysis.baseline, predicted.analysis.peak(Actions(first_half))):
+    first_half = {c.key: 2 for c in predicted.analysis.candidates if c.region < "model.layers.5"}
+    for peak in (predicted.analysis.untouched.peak, predicted.analysis.peak(Actions(first_half))):
         masks = [group.num_bytes for group in peak.largest if "[8, 1, 256, 256]" in group.label]
         assert masks == [8 * 256 * 256 * 4]
 

@@ -29,10 +29,10 @@ def calls(kinds: str) -> list[BlockCall]:
     ("kinds", "apart"),
     [
         ("", ""),
-        ("aaaa", "...."),
-        ("aaaaaaa", ".xxxxx."),
+        ("aaaaaaaa", "........"),
+        ("aaaaaaaaa", ".xxxxxxx."),
         ("aaaaabbbbb", ".xxxxxxxx."),
-        ("aa-aaaaa", ".x.xxxx."),
+        ("aa-aaaaaaa", ".x.xxxxxx."),
     ],
 )
 def test_calls_between_the_first_and_the_last_are_compiled_apart(kinds: str, apart: str) -> None:

@@ -15,18 +15,20 @@ from velora_fx.checkpointing import Recompute, install_checkpointing
 from velora_fx.factorable import not_factorable
 from velora_fx.installing import RegionPlan, install, region_plans
 from velora_fx.kept import KeptTensors
+from velora_fx.opaque import ALL_JOINED
 from velora_fx.optimizers import optimizer_factory
 from velora_fx.options import Options
 from velora_fx.overhead import with_overhead
 from velora_fx.plans import Input, Skipped
 from velora_fx.probe import Findings, Use, probe
-from velora_fx.regions import child_regions, find_regions
+from velora_fx.regions import child_regions, find_blocks, find_regions
 from velora_fx.rehearsal import Rehearsal
 from velora_fx.stand_in import uninstall
 from velora_fx.timeline import Peak, Timeline
 from velora_fx.tracker import Tracker
 
 Sizes = Mapping[tuple[str, str], int]
+MOST_CONFIRMED = 24  # calls of blocks: a larger graph takes a compiler minutes
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Analysis:
     and `blocks` refer to. `simulate` gives the timeline with the given actions; with `compiler_recomputes` that of a
     compiler that is told to recompute what it can, with `by_blocks`, or where blocks are recomputed, that of blocks
     that are compiled one by one (`block.compile()`): what a compiler makes of several that are recomputed at once is
-    not known.
+    not known. `as_one` compiles all blocks of a model in one graph, also where there are many.
     """
 
     findings: Findings
@@ -59,6 +61,7 @@ class Analysis:
     inputs: tuple[Input, ...]
     device: torch.device
     notes: tuple[str, ...]
+    num_block_calls: int
     is_compiled: bool
     is_factored: bool
     simulate: Callable[..., Timeline]
@@ -80,6 +83,12 @@ class Analysis:
     def peak(self, actions: Actions, **how: bool) -> Peak:
         """The simulated peak with the given actions, overhead included; `how` is as for `simulate`."""
         return with_overhead(self.simulate(actions, **how).peak, self.device)
+
+    def confirmed(self, actions: Actions, peak: Peak) -> Peak:
+        """The peak with these actions where `peak` is that of a compiled model with some of its blocks apart, and they
+        are few enough to compile all of it as one graph; else the same peak."""
+        is_apart = self.is_compiled and ALL_JOINED < self.num_block_calls <= MOST_CONFIRMED
+        return self.peak(actions, as_one=True) if is_apart and not actions.recomputed else peak
 
 
 def analyse(
@@ -120,7 +129,7 @@ def analyse(
         candidates, sharing = (*candidates, *sharing), ()
     _check_sizes(options, findings)
 
-    return Analysis(
+    analysis = Analysis(
         findings=findings,
         candidates=candidates,
         sharing=sharing,
@@ -131,10 +140,12 @@ def analyse(
         inputs=_inputs(model, args, kwargs),
         device=device,
         notes=_notes(rehearsal),
+        num_block_calls=sum(findings.calls.get(name, 0) for name in find_blocks(model)),
         is_compiled=rehearsal.is_compiled,
         is_factored=options.is_factored,
         simulate=_simulator(rehearsal, findings, (*candidates, *sharing), progress),
     )
+    return replace(analysis, baseline=analysis.confirmed(Actions(), analysis.baseline))
 
 
 def _simulator(
@@ -143,7 +154,9 @@ def _simulator(
     """What simulates a step with actions on these candidates, as `Analysis` describes it."""
     options = rehearsal.options
 
-    def simulate(actions: Actions, compiler_recomputes: bool = False, by_blocks: bool = False) -> Timeline:
+    def simulate(
+        actions: Actions, compiler_recomputes: bool = False, by_blocks: bool = False, as_one: bool = False
+    ) -> Timeline:
         progress("planned step")
         by_blocks = rehearsal.is_compiled and (by_blocks or bool(actions.recomputed))
         fake = rehearsal.fake_model(by_blocks)
@@ -151,7 +164,7 @@ def _simulator(
         install(fake, plans, options.seed)
         install_checkpointing(fake, actions.recomputed)
         try:
-            return _simulate(rehearsal, fake, findings, compiler_recomputes, by_blocks)
+            return _simulate(rehearsal, fake, findings, compiler_recomputes, by_blocks, as_one)
         finally:
             uninstall(fake)  # and lets its carriers' optimizer go
 
@@ -175,11 +188,13 @@ def _simulate(
     findings: Findings,
     compiler_recomputes: bool = False,
     by_blocks: bool = False,
+    as_one: bool = False,
 ) -> Timeline:
     if not rehearsal.is_compiled:
         return rehearsal.eager_step(fake)
-    step = rehearsal.step_by_blocks if by_blocks else rehearsal.compiled_step
-    return step(fake, findings.graphs, compiler_recomputes)
+    if by_blocks:
+        return rehearsal.step_by_blocks(fake, findings.graphs, compiler_recomputes)
+    return rehearsal.compiled_step(fake, findings.graphs, compiler_recomputes, as_one)
 
 
 def _inputs(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Input, ...]:

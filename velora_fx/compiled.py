@@ -16,7 +16,7 @@ from velora_fx.fake import kernels_of
 from velora_fx.inductor import Inductor, Observe, structure
 from velora_fx.module_state import carriers_of, state_of
 from velora_fx.one_graph import OneGraph
-from velora_fx.opaque import BlockCall, inner_calls, record
+from velora_fx.opaque import BlockCall, record
 from velora_fx.passes.cut_at_calls import cut_at_calls
 from velora_fx.passes.hoist_shared import Hoisted, hoist_shared
 from velora_fx.passes.join_graphs import Piece, join_graphs
@@ -24,6 +24,7 @@ from velora_fx.trace import Trace, tensors_of, trace
 
 ObserverOf = Callable[[Mapping[int, str]], Observe]
 Inside = Callable[[str], AbstractContextManager[None]]
+Apart = Callable[[Sequence[BlockCall]], frozenset[int]]
 
 
 def unobserved(state: Mapping[int, str]) -> Observe:
@@ -101,21 +102,21 @@ def compiled_forward(
     inductor: Inductor,
     observer_of: ObserverOf,
     inside: Inside,
-    by_blocks: bool = False,
+    apart: Apart,
 ) -> CompiledForward:
     """The forward of a fake model for fake inputs as `torch.compile(model)` runs it.
 
-    Of many blocks, with the graphs in `graphs` or those of the regions installed on them, all but the first and the
-    last are compiled apart, equal ones once; with `by_blocks` each is, so that what a graph keeps belongs to one block.
+    `apart` picks the calls of blocks, with the graphs in `graphs` or those of the regions installed on them, that are
+    compiled each by itself, equal ones once: as exact as it gets with none, the sooner the more there are.
     Raises ValueError for a model that cannot be traced as a whole.
     """
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), kernels_of(inductor.device):
         calls = record(model, args, kwargs, graphs)
-        program = _program(trace(model, args, kwargs, calls), calls, by_blocks)
+        program = _program(trace(model, args, kwargs, calls), calls, apart(calls))
     return CompiledForward(model, program, inductor, observer_of, inside)
 
 
-def _program(traced: Trace, calls: Sequence[BlockCall], by_blocks: bool) -> Program:
+def _program(traced: Trace, calls: Sequence[BlockCall], inner: frozenset[int]) -> Program:
     gm, apart = traced.gm, [(number, call) for number, call in enumerate(calls) if call.gm is not None]
     names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
     outputs = list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
@@ -125,7 +126,6 @@ def _program(traced: Trace, calls: Sequence[BlockCall], by_blocks: bool) -> Prog
     markers = [list(islice(marked, call.num_tensors)) for _, call in apart]
     constants: dict[str, torch.Tensor] = {}
     results = [node.name for node in outputs[: traced.num_results]]
-    inner = frozenset(range(len(calls))) if by_blocks else inner_calls(calls)
     shared = _Shared(name for group in markers for name in {_name(marker) for marker in group})
     steps: list[Step] = []
     around: list[list[Piece]] = [[]]

@@ -18,6 +18,7 @@ Value = TypeVar("Value")
 Real = Literal["none", "integers", "all"]
 aten = torch.ops.aten
 ARITHMETIC = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
+FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 LAYER_NORMS = (torch.ops.aten.native_layer_norm.default, torch.ops.aten.native_layer_norm_backward.default)
 
 
@@ -98,8 +99,8 @@ class RealKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lets fake operators do what the real kernels of a device do and their shape functions do not.
 
     `aten._grouped_mm` (mixtures of experts) takes all dtypes; layer norms and their gradients are made from contiguous
-    copies and are contiguous. On the CPU `velora.compress` takes memory for its products, and arithmetic on two dtypes
-    first casts an operand.
+    copies and are contiguous. On the CPU `velora.compress` takes memory for its products, arithmetic on two dtypes
+    first casts an operand, and the backward of attention copies a gradient that is not laid out [batch, length, heads].
     """
 
     supports_higher_order_operators = True
@@ -122,6 +123,8 @@ class RealKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
         on_cpu = self.device.type == "cpu"
         if on_cpu and func is torch.ops.velora.compress.default and isinstance(args[0], FakeTensor):
             compress_blocks(args[0], args[1], 1)
+        if func is FLASH_BACKWARD and isinstance(args[0], FakeTensor):
+            args = (args[0].transpose(1, 2).contiguous().transpose(1, 2), *args[1:])
         if func in LAYER_NORMS:
             args = tuple(a.contiguous() if isinstance(a, FakeTensor) and a.dim() else a for a in args)
         if func in self.casts and all(isinstance(a, FakeTensor) and a.dim() for a in args):

@@ -132,8 +132,28 @@ def _compile(gm: GraphModule, inputs: Sequence[torch.Tensor], timer: StepTimer, 
     # Kernels are written but never run: plain ones are written soonest, and take the same buffers as vectorised ones.
     uncached = {"fx_graph_cache": False, "compile_threads": 1, "cpp.simdlen": 1}
     with config.patch(uncached), functorch_config.patch(eager_backward):
-        call: Any = compile_fx(copy.deepcopy(gm), list(inputs), inner_compile=inner_compile)
+        call: Any = compile_fx(_as_from_dynamo(gm), list(inputs), inner_compile=inner_compile)
     return CompiledGraph(call, kept, observe)
+
+
+def _as_from_dynamo(gm: GraphModule) -> GraphModule:
+    """A copy of the graph that tells, as one of Dynamo's does, which of its inputs are parameters and buffers.
+
+    The partitioner keeps these for free; without a word it would rather keep their transposes, and Inductor would order
+    the backward otherwise.
+    """
+    from torch._dynamo.source import LocalSource
+
+    made = copy.deepcopy(gm)
+    state = made.meta["state"]
+    made.meta["dynamo_compile_id"] = None
+    constants = (name for name, _ in (*made.named_parameters(), *made.named_buffers()))
+    made._param_name_to_source = {name: LocalSource(name) for name in constants}  # type: ignore[assignment]
+    for node in made.graph.find_nodes(op="placeholder"):
+        node._dynamo_source = LocalSource(node.name)
+        if node.name in state:
+            node.meta["tensor_dict"] = {"_dynamo_static_input_type": "guarded"}
+    return made
 
 
 def _note_kernels(kernels: list[int], nodes: list[Any]) -> list[Any]:

@@ -20,7 +20,7 @@ from velora_fx.module_state import carriers_of, state_of
 from velora_fx.region import make_call
 from velora_fx.regions import find_blocks
 
-ALL_JOINED = 4
+ALL_JOINED = 8
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,22 @@ def inner_calls(calls: Sequence[BlockCall]) -> frozenset[int]:
     """The numbers of the calls to compile apart, so that of equal ones only one is: all with graphs, but for the ends.
 
     The first and the last block are compiled with what surrounds them: there the peaks of a step are. Of no more than
-    ALL_JOINED calls none is apart.
+    ALL_JOINED calls none is apart: the compiler orders the operations of a graph by the peak of all of it, which few
+    blocks apart do not show.
     """
     if len(calls) <= ALL_JOINED:
         return frozenset()
     return frozenset(number for number in range(1, len(calls) - 1) if calls[number].gm is not None)
+
+
+def no_calls(calls: Sequence[BlockCall]) -> frozenset[int]:
+    """None apart: the model as one graph, as `torch.compile` has it."""
+    return frozenset()
+
+
+def all_calls(calls: Sequence[BlockCall]) -> frozenset[int]:
+    """Each apart, so that what a graph keeps belongs to one block."""
+    return frozenset(range(len(calls)))
 
 
 @contextlib.contextmanager

@@ -14,11 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from velora_fx.arguments import parameter_names
 from velora_fx.batch_watch import unwatch
 from velora_fx.carriers import remove_carriers
-from velora_fx.compiled import ObserverOf, compiled_forward, unobserved
+from velora_fx.compiled import Apart, ObserverOf, compiled_forward, unobserved
 from velora_fx.devices import device_rates
 from velora_fx.fake import fake_copy, fake_mode
 from velora_fx.graphs import RegionGraph
 from velora_fx.inductor import Inductor
+from velora_fx.opaque import all_calls, inner_calls, no_calls
 from velora_fx.optimizers import optimizer_factory
 from velora_fx.options import Options
 from velora_fx.regional import compile_blocks
@@ -71,10 +72,15 @@ class Rehearsal:
         """A step of a fake model as it is."""
         return self._step(fake, self._inputs("all"), tracker or make_tracker(fake, self.device))
 
-    def compiled_step(self, fake: torch.nn.Module, graphs: Graphs, compiler_recomputes: bool = False) -> Timeline:
-        """A step of `torch.compile(model)`; `graphs` are those of untouched blocks."""
-        tracker = make_tracker(fake, self.device)
-        return self._compiled_step(fake, graphs, tracker, unobserved, self._compilers[compiler_recomputes], False)
+    def compiled_step(
+        self, fake: torch.nn.Module, graphs: Graphs, compiler_recomputes: bool = False, as_one: bool = False
+    ) -> Timeline:
+        """A step of `torch.compile(model)`; `graphs` are those of untouched blocks.
+
+        Many blocks are compiled apart, equal ones once, which is sooner but a little off; not so with `as_one`.
+        """
+        tracker, apart = make_tracker(fake, self.device), no_calls if as_one else inner_calls
+        return self._compiled_step(fake, graphs, tracker, unobserved, self._compilers[compiler_recomputes], apart)
 
     def observed_step(
         self, fake: torch.nn.Module, graphs: Graphs, tracker: Tracker, observer_of: ObserverOf
@@ -83,7 +89,7 @@ class Rehearsal:
 
         `observer_of` makes the observer of a graph, given the parameter behind each of its inputs.
         """
-        return self._compiled_step(fake, graphs, tracker, observer_of, self._compilers[False], True)
+        return self._compiled_step(fake, graphs, tracker, observer_of, self._compilers[False], all_calls)
 
     def step_by_blocks(self, fake: torch.nn.Module, graphs: Graphs, compiler_recomputes: bool = False) -> Timeline:
         """A step of a model whose blocks are compiled one by one (`block.compile()`)."""
@@ -101,10 +107,10 @@ class Rehearsal:
         tracker: Tracker,
         observer_of: ObserverOf,
         compiler: Inductor,
-        by_blocks: bool,
+        apart: Apart,
     ) -> Timeline:
         inputs = self._inputs("none")
-        fake.forward = compiled_forward(fake, *inputs, graphs, compiler, observer_of, tracker.inside, by_blocks)
+        fake.forward = compiled_forward(fake, *inputs, graphs, compiler, observer_of, tracker.inside, apart)
         return self._step(fake, inputs, tracker)
 
     def _step(self, fake: torch.nn.Module, inputs: tuple[Any, Any], tracker: Tracker) -> Timeline:

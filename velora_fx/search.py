@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from velora_fx.analysis import Actions, Analysis
-from velora_fx.overhead import tensors_within
+from velora_fx.overhead import tensors_within, with_overhead
 from velora_fx.problem import Problem
 from velora_fx.solver import RELATIVE_GAP, choose, highest_levels
 from velora_fx.timeline import Peak
@@ -34,13 +34,26 @@ class Search:
         The solver knows the moments of a step with nothing done about it; a simulation tells the true peak of what it
         chose. Along a ladder of targets for the solver, the same for every budget, the highest rung that fits is
         searched by halving, so that a larger budget never gets a dearer plan, but for the solver's gap: one more
-        approximate, where blocks are not recomputed. Taken is the lowest rung of the same cost, if it fits too.
+        approximate, where blocks are not recomputed. Taken is the lowest rung of the same cost, if it fits too. Where
+        compiled blocks were simulated apart, what is found is confirmed, and searched again for less if it is over.
         """
         tensor_budget_bytes = tensors_within(budget_bytes, self.analysis.device)
         if self.analysis.baseline.tensor_bytes <= tensor_budget_bytes:
             return Actions(), self.analysis.baseline
-        if self._bottom[1].tensor_bytes > tensor_budget_bytes and self.tightest[1].tensor_bytes > tensor_budget_bytes:
-            return self.tightest
+        target_bytes = tensor_budget_bytes
+        while True:
+            actions, peak = self._found_within(target_bytes)
+            confirmed = self.analysis.confirmed(actions, peak)
+            excess_bytes = confirmed.tensor_bytes - tensor_budget_bytes
+            if excess_bytes <= 0 or peak.tensor_bytes > target_bytes:  # it fits, or it is the tightest there is
+                return actions, confirmed
+            target_bytes -= excess_bytes
+
+    def _found_within(self, tensor_budget_bytes: int) -> tuple[Actions, Peak]:
+        if self._untouched.tensor_bytes <= tensor_budget_bytes:
+            return Actions(), self._untouched
+        if self._bottom[1].tensor_bytes > tensor_budget_bytes and self._tightest[1].tensor_bytes > tensor_budget_bytes:
+            return self._tightest
         for is_trusted in (True, False):
             low, high = 0, self._rungs
             while high - low > 1:
@@ -64,12 +77,12 @@ class Search:
             peak = self.problem.peak(actions)
             if peak.tensor_bytes <= tensor_budget_bytes:
                 return actions, peak
-        return self.tightest
+        return self._tightest
 
     def _expected_to_fit(self, rung: int, tensor_budget_bytes: int) -> bool | None:
         """What needs no simulation: how far the solver's estimates are off is known at both ends of the ladder."""
         low, high = self._ends
-        errors = self._bottom[1].tensor_bytes - low, self.analysis.baseline.tensor_bytes - high
+        errors = self._bottom[1].tensor_bytes - low, self._untouched.tensor_bytes - high
         margin = abs(errors[1] - errors[0]) // 4 + (high - low) // self._rungs
         target = self._target(rung)
         if target + max(errors) + margin <= tensor_budget_bytes:
@@ -102,7 +115,7 @@ class Search:
     def _rung(self, rung: int) -> tuple[Actions, Peak]:
         levels = self._levels(rung)
         if levels is None:
-            return self.tightest
+            return self._tightest
         if levels not in self._simulated:
             actions = self.problem.actions(levels)
             self._simulated[levels] = actions, self.problem.peak(actions)
@@ -134,16 +147,26 @@ class Search:
         )
 
     @cached_property
+    def _untouched(self) -> Peak:
+        """The step with nothing done about it, simulated as its rivals are."""
+        return with_overhead(self.analysis.untouched.peak, self.analysis.device)
+
+    @cached_property
     def _bottom(self) -> tuple[Actions, Peak]:
         """What the lowest rung of the ladder stands for."""
         if self.problem.sizes_matter or self.recomputes or not self.compresses:
-            return self.tightest
+            return self._tightest
         actions = self.problem.all_at(0)
         return actions, self.problem.peak(actions)
 
     @cached_property
     def tightest(self) -> tuple[Actions, Peak]:
         """The actions of the smallest peak among: nothing, everything compressed, everything recomputed, and both."""
+        actions, peak = self._tightest
+        return actions, self.analysis.confirmed(actions, peak)
+
+    @cached_property
+    def _tightest(self) -> tuple[Actions, Peak]:
         found: list[tuple[Actions, Peak]] = []
         if self.compresses and self.analysis.candidates:
             for index in (-1,) if self.problem.sizes_matter else (0, -1):
@@ -155,4 +178,4 @@ class Search:
             mixed = Actions({c.key: c.sizes[-1] for c in outside}, alone.recomputed)
             for actions in (alone, mixed) if outside else (alone,):
                 found.append((actions, self.analysis.peak(actions)))
-        return min([*found, (Actions(), self.analysis.baseline)], key=lambda pair: pair[1].peak_bytes)
+        return min([*found, (Actions(), self._untouched)], key=lambda pair: pair[1].peak_bytes)
