@@ -94,7 +94,8 @@ def _linear_forward(
 ) -> Tensor:
     check_linear(x, weight, bias, z, v, carrier)
     y = F.linear(x, weight, bias)
-    return torch.ops.aten._unsafe_view.default(y, y.shape)  # no view, which could not be written in place
+    result: Tensor = torch.ops.aten._unsafe_view.default(y, y.shape)  # no view, which could not be written in place
+    return result
 
 
 _COMPRESS = torch.library.custom_op("velora::compress", compress_reference, mutates_args=())
