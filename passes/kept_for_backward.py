@@ -18,6 +18,7 @@ SAME_TENSOR = (
     aten.transpose.int, aten.expand.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default,
     aten.clone.default, aten.alias.default, torch.ops.prims.convert_element_type.default, aten._to_copy.default,
 )  # fmt: skip
+PARTS = (aten.slice.Tensor, aten.select.int)
 PADDED = (aten.constant_pad_nd.default,)
 
 
@@ -73,8 +74,8 @@ def _num_rows(product: Node) -> int:
 
 
 def _uses(node: Node) -> list[tuple[Node, Node]]:
-    """The users of a tensor and of its views, casts and padded copies, each with which of these it takes."""
+    """The users of a tensor and of its views, parts, casts and padded copies, each with which of these it takes."""
     found = []
     for user in node.users:
-        found += _uses(user) if user.target in (*SAME_TENSOR, *PADDED) else [(user, node)]
+        found += _uses(user) if user.target in (*SAME_TENSOR, *PARTS, *PADDED) else [(user, node)]
     return found

@@ -10,8 +10,8 @@ from velora_fx.probe import Findings, Use
 from velora_fx.tracker import Tracker
 
 USES = {
-    ("blocks.0", "up"): Use("blocks.0", "up", "up.weight", None),
-    ("blocks.0", "down"): Use("blocks.0", "down", "down.weight", None),
+    ("blocks.0", "up"): Use("blocks.0", "up", "up.weight", "blocks.0.up.weight", None),
+    ("blocks.0", "down"): Use("blocks.0", "down", "down.weight", "blocks.0.down.weight", None),
 }
 STATE = {0: "blocks.0.up.weight", 1: "blocks.0.down.weight", 2: "blocks.0.norm.weight"}
 

@@ -121,3 +121,63 @@ def test_the_smallest_peak_with_recompute_is_that_of_both_together() -> None:
     both = Search(analysis, compresses=True, recomputes=True).tightest[1].peak_bytes
     for kinds in ((True, False), (False, True)):
         assert both < Search(analysis, *kinds).tightest[1].peak_bytes
+
+
+class Modulated(nn.Module):
+    """A block like a diffusion transformer's: norms scaled and shifted by what a linear makes of a condition."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.modulation, self.norm = nn.Linear(width, 3 * width), nn.LayerNorm(width, elementwise_affine=False)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        scale, shift, gate = self.modulation(nn.functional.silu(condition)).unsqueeze(1).chunk(3, -1)
+        h = self.norm(x) * (1 + scale) + shift
+        return x + gate * self.down(nn.functional.gelu(self.up(h)))  # type: ignore[no-any-return]
+
+
+class Diffusion(nn.Module):
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.blocks, self.out = nn.ModuleList(Modulated(width) for _ in range(4)), nn.Linear(width, 8)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, condition)
+        return self.out(x).square().mean()  # type: ignore[no-any-return]
+
+
+def toy_search(model: nn.Module, *args: Tensor) -> Search:
+    options = Options(optimizer="sgd", loss_fn=lambda output: output)
+    analysis = analyse(model.train(), args, {}, options, torch.device("cpu"), lambda step: None)
+    return Search(analysis, compresses=True, recomputes=False)
+
+
+TOYS = {
+    "modulated": lambda: toy_search(Diffusion(), rows(8, 128, 64), rows(1, 8, 64)[0]),
+    "after blocks": lambda: toy_search(AfterBlocks(), rows(64, 64, 64)),
+    "stack": lambda: toy_search(without_dropout(stack(num_blocks=4)), rows(64, 64)),
+}
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_no_plan_is_dearer_than_everything_at_one_size_that_fits(name: str) -> None:
+    search = TOYS[name]()
+    smallest, untouched = search.tightest[1].peak_bytes, search.analysis.baseline.peak_bytes
+    most = max(len(candidate.sizes) for candidate in search.analysis.candidates)
+    at_one_size = [search.problem.all_at(index) for index in range(most)]
+    for number in range(POINTS):
+        budget = smallest + (untouched - smallest) * number // (POINTS - 1)
+        actions, peak = search.within(budget)
+        assert peak.peak_bytes <= budget
+        fitting = [one for one in at_one_size if search.problem.peak(one).peak_bytes <= budget]
+        assert search.problem.cost(actions) <= min(map(search.problem.cost, fitting))
+
+
+def test_where_the_solver_finds_nothing_cheap_everything_at_one_size_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    search = TOYS["modulated"]()
+    smallest, untouched = search.tightest[1].peak_bytes, search.analysis.baseline.peak_bytes
+    monkeypatch.setattr(velora_fx.search, "choose", lambda *_: None)
+    actions, peak = search.within(smallest + (untouched - smallest) // 3)
+    assert actions == search.problem.all_at(1) and peak.peak_bytes < smallest + (untouched - smallest) // 3

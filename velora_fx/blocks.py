@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from velora_fx.checkpointing import LEVELS, Recompute
 from velora_fx.passes.mutated_state import mutated_state
 from velora_fx.probe import Findings
 from velora_fx.region import is_checkpointed
@@ -16,20 +17,24 @@ from velora_fx.regions import find_blocks
 class Block:
     """A block that can be run twice: its name, the bytes kept for its backward, and when all of them are alive.
 
-    `first` is the event of the trial step from which on they are, `end` the one that frees the first of them.
+    `first` is the event of the trial step from which on they are, `end` the one that frees the first of them, `levels`
+    the ways in which it may be recomputed.
     """
 
     name: str
     kept_bytes: int
     first: int
     end: int
+    levels: tuple[Recompute, ...] = LEVELS
 
 
 def find_recomputable(model: torch.nn.Module, findings: Findings, is_compiled: bool) -> tuple[Block, ...]:
     """The repeated blocks, in order, that keep something and whose forward does the same when it runs again.
 
-    A forward that could not be captured may do anything; one that changes buffers would change them twice. A model in
-    which nothing repeats is a block of its own, unless it is compiled: the compiler recomputes what is cheap as it is.
+    A forward that could not be captured may do anything; one that changes buffers would change them twice, and one
+    whose inputs are written in place would start from others. Where results of matrix products are written in place,
+    they cannot be what is kept: the block is recomputed whole, or not. A model in which nothing repeats is a block of
+    its own, unless it is compiled: the compiler recomputes what is cheap as it is.
     """
     timeline = findings.timeline
     assert timeline is not None
@@ -48,6 +53,7 @@ def find_recomputable(model: torch.nn.Module, findings: Findings, is_compiled: b
             or name in findings.failures
             or is_checkpointed(module)
             or any(map(mutated_state, graphs))
+            or name in findings.overwrites.inputs_of
         )
         if unfit or not graphs or name not in kept:
             continue
@@ -56,5 +62,6 @@ def find_recomputable(model: torch.nn.Module, findings: Findings, is_compiled: b
         ends = [timeline.deaths.get(storage, len(timeline.deltas)) for storage in storages]
         num_bytes = -sum(int(timeline.deltas[timeline.deaths[s]]) for s in storages if s in timeline.deaths)
         if num_bytes and max(starts) < min(ends):
-            blocks.append(Block(name, num_bytes, max(starts), min(ends)))
+            levels: tuple[Recompute, ...] = ("all",) if name in findings.overwrites.results_of else LEVELS
+            blocks.append(Block(name, num_bytes, max(starts), min(ends), levels))
     return tuple(blocks)

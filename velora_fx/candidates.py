@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -157,10 +158,16 @@ def _untimely(timeline: Timeline, storage: int) -> str | None:
 
 def _undivided(linear: Sequence[Saving], sizes: Sequence[int] | None) -> str | None:
     """Why no sub-token size fits all of these linears."""
-    if set.intersection(*(set(offered_sizes(saving.shape[-1], sizes)) for saving in linear)):
+    if offered_sizes(common_width(linear), sizes):
         return None
-    widths = ", ".join(str(width) for width in dict.fromkeys(saving.shape[-1] for saving in linear))
-    return f"no sub-token size from {tuple(sizes) if sizes else '2 to 128'} divides its input width {widths}"
+    first, *others = dict.fromkeys(saving.shape[-1] for saving in linear)
+    views = f", and {', '.join(map(str, others))} of other views of its storage" if others else ""
+    return f"no sub-token size from {tuple(sizes) if sizes else '2 to 128'} divides its input width {first}{views}"
+
+
+def common_width(savings: Sequence[Saving]) -> int:
+    """The largest number that divides the widths of all inputs: views of one storage may differ in theirs."""
+    return math.gcd(*(saving.shape[-1] for saving in savings))
 
 
 def _blocked(savings: list[Saving], reasons: dict[tuple[str, str], str | None]) -> str | None:
@@ -186,24 +193,23 @@ def _candidate(
     savings = tuple(saving for group in groups for saving in group)
     storages = tuple(dict.fromkeys(saving.storage for saving in savings))
     first = savings[0]
-    parameters = [full_name(s.region, findings.uses[s.region, s.consumer or ""].parameter) for s in savings]
-    offered = set.intersection(*(set(offered_sizes(saving.shape[-1], sizes)) for saving in savings))
+    parameters = [findings.uses[s.region, s.consumer or ""].weight for s in savings]
     return Candidate(
         first.region,
         full_name(first.consumer or "", "input"),
         savings,
         storages,
         sum(bytes_of(timeline, storage) for storage in storages),
-        tuple(sorted(offered)),
+        offered_sizes(common_width(savings), sizes),
         sum(num_weights(name) for name in dict.fromkeys(parameters)),
         tuple(num_weights(name) for name in parameters),
     )
 
 
 def weight_names(savings: Sequence[Saving], findings: Findings) -> tuple[str, ...]:
-    """The dotted names of the weights whose gradients take what is saved, each once."""
+    """The first dotted names of the weights whose gradients take what is saved, each once."""
     uses = (findings.uses[saving.region, saving.consumer] for saving in savings if saving.consumer is not None)
-    return tuple(dict.fromkeys(full_name(use.region, use.parameter) for use in uses))
+    return tuple(dict.fromkeys(use.weight for use in uses))
 
 
 def bytes_of(timeline: Timeline, storage: int) -> int:

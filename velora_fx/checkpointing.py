@@ -14,6 +14,7 @@ from velora_fx.stand_in import StandIn
 
 aten = torch.ops.aten
 Recompute = Literal["pointwise", "all"]
+LEVELS: tuple[Recompute, ...] = ("pointwise", "all")
 # What is dear to recompute: matrix products, convolutions and attention; norms, activations and dropout are cheap.
 COSTLY = (
     aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution, aten._grouped_mm,

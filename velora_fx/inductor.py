@@ -105,8 +105,10 @@ def _compile(gm: GraphModule, inputs: Sequence[torch.Tensor], timer: StepTimer, 
         kernels: list[int] = []
         with without_kernels(), config.patch(_post_fusion_custom_pass=partial(_note_kernels, kernels)):
             code: Any = compile_fx_inner(graph, example_inputs, **options)
-        generated = _generated(code.current_callable)
-        _allocate_fakes(generated, mode)
+        is_plain = not hasattr(code, "current_callable")  # a graph without operations: it returns what it is given
+        generated = code if is_plain else _generated(code.current_callable)
+        if not is_plain:
+            _allocate_fakes(generated, mode)
 
         def run(arguments: list[Any]) -> Any:
             for num_bytes in kernels:
@@ -120,7 +122,11 @@ def _compile(gm: GraphModule, inputs: Sequence[torch.Tensor], timer: StepTimer, 
             return outputs
 
         is_forward = not (options.get("is_backward") or options.get("is_inference"))
-        code.current_callable = observed if is_forward else run
+        chosen = observed if is_forward else run
+        if is_plain:
+            chosen._boxed_call = True  # type: ignore[attr-defined]
+            return chosen
+        code.current_callable = chosen
         return code
 
     # Both graphs are compiled now: the backward's tells what is kept for which gradient.

@@ -40,7 +40,7 @@ def region_plans(
         if size is None:
             continue
         for saving in candidate.savings:
-            own = next(s for s in candidate.savings if s.region == saving.region)
+            own = next(s for s in candidate.savings if (s.region, s.x) == (saving.region, saving.x))
             tensor = full_name(own.consumer or "", "input")
             assert saving.consumer is not None
             carrier = _carrier(findings.uses[saving.region, saving.consumer]) if is_factored else None

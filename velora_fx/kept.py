@@ -26,8 +26,9 @@ class KeptTensors:
         self.tracker = tracker
         self.savings: list[Saving] = []
         self.last_uses: dict[int, int] = {}
-        self._uses = {full_name(use.region, use.parameter): use for use in reversed(findings.uses.values())}
-        self._dtypes = _input_dtypes(findings)
+        uses = list(reversed(findings.uses.values()))
+        self._uses = {use.weight: use for use in uses} | {full_name(use.region, use.parameter): use for use in uses}
+        self._inputs = _inputs(findings)
         self._regions = list(findings.graphs)
 
     def observer_of(self, state: Mapping[int, str]) -> Observe:
@@ -55,8 +56,8 @@ class KeptTensors:
                 found.append(Saving(storage, size, region, "a product with another activation"))
                 continue
             shape = tuple(tensor.shape) if tensor.shape[-1] == width else (num_rows, width)
-            dtype = self._dtypes.get((use.region, use.consumer), tensor.dtype)
-            found.append(Saving(storage, size, use.region, "linear", use.consumer, name, shape, dtype))
+            x, dtype = self._inputs.get((use.region, use.consumer), (name, tensor.dtype))
+            found.append(Saving(storage, size, use.region, "linear", use.consumer, x, shape, dtype))
         return found or [Saving(storage, size, region, "the compiled backward")]
 
 
@@ -68,14 +69,17 @@ def _plain(operation: str) -> str:
     return "attention" if "attention" in operation else operation
 
 
-def _input_dtypes(findings: Findings) -> dict[tuple[str, str], torch.dtype]:
-    """The dtype of each product's input before any autocast: projections are made of that."""
-    dtypes = {}
+def _inputs(findings: Findings) -> dict[tuple[str, str], tuple[str, torch.dtype]]:
+    """The name of each product's input, and its dtype before any autocast: projections are made of that.
+
+    The compiler keeps one tensor for several views of it, of which each has projections of its own.
+    """
+    inputs = {}
     for region, graphs in findings.graphs.items():
         for graph in graphs:
             for product in find_products(graph.gm) if graph.gm is not None else ():
                 x = product.node.args[0]
                 value = x.meta.get("val") if isinstance(x, torch.fx.Node) else None
                 if isinstance(value, torch.Tensor):
-                    dtypes[region, product.consumer] = value.dtype
-    return dtypes
+                    inputs[region, product.consumer] = str(x), value.dtype
+    return inputs

@@ -93,7 +93,9 @@ def _linear_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, v: Tensor, carrier: Tensor | None
 ) -> Tensor:
     check_linear(x, weight, bias, z, v, carrier)
-    return F.linear(x, weight, bias)
+    y = F.linear(x, weight, bias)
+    result: Tensor = torch.ops.aten._unsafe_view.default(y, y.shape)  # no view, which could not be written in place
+    return result
 
 
 _COMPRESS = torch.library.custom_op("velora::compress", compress_reference, mutates_args=())

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from velora_fx.analysis import Actions, Analysis
-from velora_fx.candidates import Candidate, weight_names
+from velora_fx.candidates import Candidate, common_width, weight_names
+from velora_fx.checkpointing import Recompute
 from velora_fx.devices import device_rates
 from velora_fx.exact import ExactRivals
 from velora_fx.module_state import CARRIER
@@ -87,8 +88,8 @@ class Planner:
 
 def actions_of(plan: Plan, analysis: Analysis) -> Actions:
     """The actions that a plan stands for, on a model that was analysed; ValueError if the plan is for another one."""
-    blocks = {without_wrappers(block.name): block.name for block in analysis.blocks}
-    recomputed = {}
+    blocks = {without_wrappers(block.name): block for block in analysis.blocks}
+    recomputed: dict[str, Recompute] = {}
     for item in plan.recomputed:
         block = blocks.get(without_wrappers(item.region))
         if block is None:
@@ -96,7 +97,12 @@ def actions_of(plan: Plan, analysis: Analysis) -> Actions:
                 f"the plan recomputes {item.region}, which is no block of this model that can be run twice: make the "
                 "plan with this model and these inputs"
             )
-        recomputed[block] = item.recompute
+        if item.recompute not in block.levels:
+            raise ValueError(
+                f"the plan recomputes {item.region} {item.recompute}, and here results of matrix products in it are "
+                f"written in place, so that it is recomputed {' or '.join(block.levels)}: make the plan with this model"
+            )
+        recomputed[block.name] = item.recompute
     candidates = {_names(candidate.consumers): candidate for candidate in analysis.compressible}
     sizes = {}
     for decision in plan.compressed:
@@ -113,10 +119,11 @@ def actions_of(plan: Plan, analysis: Analysis) -> Actions:
                 f"the plan is for an input of {decision.consumers[0]} of width {decision.shape[-1]}, and here it has "
                 f"{candidate.savings[0].shape[-1]}: make the plan with this model"
             )
-        if candidate.savings[0].shape[-1] % decision.sub_token_size:
+        if common_width(candidate.savings) % decision.sub_token_size:
+            widths = dict.fromkeys(saving.shape[-1] for saving in candidate.savings)
             raise ValueError(
                 f"the plan's sub-token size {decision.sub_token_size} does not divide the input width "
-                f"{candidate.savings[0].shape[-1]} of {decision.consumers[0]}"
+                f"{', '.join(map(str, widths))} of {decision.consumers[0]}"
             )
         sizes[candidate.key] = decision.sub_token_size
     return Actions(sizes, recomputed)
@@ -232,12 +239,27 @@ def _notes(search: Search, actions: Actions, plan: Plan) -> list[str]:
         )
     if plan.compressed and analysis.findings.empty_caches:
         notes.append("compressed blocks are passed None for an empty key-value cache: in training it is never read")
+    if search.recomputes:
+        notes += _overwritten(analysis)
     for name, reason in analysis.findings.failures.items():
         notes.append(f"{name or 'the model'} could not be captured as one region: {reason}")
     if plan.budget_bytes is None:
         smallest = Search(analysis, True, False).tightest[1].peak_bytes
         notes.append(f"with everything compressed as far as possible the peak is {in_units(smallest)}")
     return notes
+
+
+def _overwritten(analysis: Analysis) -> list[str]:
+    """What is recomputed as a whole or not at all because something is written in place."""
+    whole = [block.name for block in analysis.blocks if "pointwise" not in block.levels]
+    never = [name for name in analysis.findings.graphs if name in analysis.findings.overwrites.inputs_of]
+    return [
+        *(
+            f"{n or 'the model'} is recomputed whole or not: a matrix product's result is written in place"
+            for n in whole
+        ),
+        *(f"{n or 'the model'} is not recomputed: what it is given is written in place" for n in never),
+    ]
 
 
 def _regional_note(analysis: Analysis, actions: Actions, plan: Plan) -> list[str]:

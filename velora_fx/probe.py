@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from velora_fx.graphs import RegionGraph, find_graph, key_of, make_graph, merge_graph
+from velora_fx.overwrites import Overwrites
 from velora_fx.passes.find_products import find_products
 from velora_fx.passes.saved_tensors import SavedTensors, Saving
 from velora_fx.region import CHECKPOINTED, hooks_in, is_checkpointed, make_call, without_checkpointing
@@ -25,12 +26,14 @@ REPLACED = "its forward was replaced by a function, of which planning can make n
 class Use:
     """One product of the model with a trainable parameter: where it is, and why it cannot be compressed (or None).
 
+    `parameter` is its name in the region, `weight` the first that it has in the model: tied ones have several.
     `input_dim` is as in `Product`.
     """
 
     region: str
     consumer: str
     parameter: str
+    weight: str
     reason: str | None
     input_dim: int | None = None
 
@@ -39,7 +42,8 @@ class Use:
 class Findings:
     """What the trial step found: the graphs of each region by its name, products, failures, and saved tensors.
 
-    `calls` counts each region's calls; `empty_caches` tells whether any was given a key-value cache to fill.
+    `calls` counts each region's calls; `empty_caches` tells whether any was given a key-value cache to fill;
+    `overwrites` which regions have what recompute relies on written in place.
     """
 
     graphs: dict[str, list[RegionGraph]] = field(default_factory=dict)
@@ -47,6 +51,7 @@ class Findings:
     failures: dict[str, str] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     empty_caches: bool = False
+    overwrites: Overwrites = field(default_factory=Overwrites)
     savings: tuple[Saving, ...] = ()
     last_uses: dict[int, int] = field(default_factory=dict)
     timeline: Timeline | None = None
@@ -66,28 +71,33 @@ def probe(
     leaves out, and the graphs of such calls are added. Without `run_step` it is all that is run. `replaced` names the
     modules whose real forward is not the one of this copy: they are no regions.
     """
-    findings = Findings()
+    findings = Findings(overwrites=Overwrites(model.parameters()))
     saved = SavedTensors(tracker)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     library: list[RegionGraph] = []
 
     def observe(name: str, block: torch.nn.Module) -> None:
         forward = vars(block).get("forward")
         if not isinstance(forward, _Probe):
-            block.forward = _Probe(name, block, forward, name in replaced, findings, saved, library, observe, progress)
+            is_replaced = name in replaced
+            block.forward = _Probe(
+                name, block, forward, is_replaced, findings, saved, names, library, observe, progress
+            )
 
     for name, block in find_regions(model).items():
         findings.calls[name] = 0
         observe(name, block)
     if run_step is None:
-        run_traced(model)
+        with findings.overwrites:
+            run_traced(model)
         return findings
-    with saved.on():
+    with saved.on(), findings.overwrites:
         findings.timeline = run_step(model, tracker)
     findings.savings = tuple(saved.savings)
     findings.last_uses = saved.last_uses
     uses, failures, calls = dict(findings.uses), dict(findings.failures), dict(findings.calls)
     # A forward that cannot run without values cannot be compiled in one piece either.
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception), findings.overwrites:
         run_traced(model)
     return replace(findings, uses=uses, failures=failures, calls=calls)
 
@@ -100,6 +110,7 @@ class _Probe:
     is_replaced: bool
     findings: Findings
     saved: SavedTensors
+    names: Mapping[int, str]
     library: list[RegionGraph]
     observe: Callable[[str, torch.nn.Module], None]
     progress: Callable[[str], None]
@@ -111,7 +122,8 @@ class _Probe:
             self.fall_back(graph)
         if graph.gm is None or is_checkpointed(self.block):
             return (self.forward or partial(type(self.block).forward, self.block))(*args, **kwargs)
-        return graph.result(self.saved.run(graph.gm, self.name, inputs))
+        with self.findings.overwrites.inside(self.name, inputs[len(graph.gm.meta["state"]) :]):
+            return graph.result(self.saved.run(graph.gm, self.name, inputs))
 
     def graph_and_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[RegionGraph, list[Any]]:
         call = make_call(self.block, args, kwargs)
@@ -137,9 +149,11 @@ class _Probe:
     def note_products(self, graph: RegionGraph, state: dict[str, torch.Tensor]) -> None:
         assert graph.gm is not None
         for product in find_products(graph.gm):
-            if state[product.parameter].requires_grad:
+            weight = state[product.parameter]
+            if weight.requires_grad:
                 reason = CHECKPOINTED if is_checkpointed(self.block) else product.reason
-                use = Use(self.name, product.consumer, product.parameter, reason, product.input_dim)
+                name = self.names[id(weight)]
+                use = Use(self.name, product.consumer, product.parameter, name, reason, product.input_dim)
                 self.findings.uses.setdefault((self.name, product.consumer), use)
 
     def fall_back(self, graph: RegionGraph) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,7 +20,6 @@ from velora_fx.updates import Freed, find_freed
 # Where time and approximation are traded: halving what is kept of every weight's input counts as much as this share of
 # the step's time.
 HALVING_PRICE = 0.02
-LEVELS: tuple[Recompute, ...] = ("pointwise", "all")
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Problem:
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
         """What may be recomputed."""
-        return self.analysis.blocks if self.recomputes and self.analysis.blocks and self._gains else ()
+        return tuple(b for b in self.analysis.blocks if self._gains[b.levels]) if self.recomputes else ()
 
     @cached_property
     def items(self) -> list[Item]:
@@ -78,22 +77,34 @@ class Problem:
         chosen = list(levels)
         sizes = {c.key: c.sizes[level - 1] for c, level in zip(self.candidates, chosen, strict=False) if level}
         for_blocks = zip(self.blocks, chosen[len(self.candidates) :], strict=False)
-        return Actions(sizes, {block.name: self._gains[level - 1].level for block, level in for_blocks if level})
+        return Actions(sizes, {b.name: self._gains[b.levels][level - 1].level for b, level in for_blocks if level})
 
     def all_at(self, index: int) -> Actions:
         """Everything at the size of this index, or its last."""
         candidates = self.analysis.candidates
         return Actions({c.key: c.sizes[min(index, len(c.sizes) - 1)] for c in candidates})
 
+    def cost(self, actions: Actions) -> float:
+        """The approximation that the sizes of sub-tokens amount to: numel(W) * log2(M), of all that is compressed."""
+        chosen = [c for c in self.analysis.candidates if c.key in actions.sizes]
+        return math.fsum(c.num_weights * math.log2(actions.sizes[c.key]) for c in chosen)
+
     def all_recomputed(self) -> Actions:
         """All blocks recomputed as far as it frees more."""
-        return self._recomputing(self._gains[-1].level)
+        return Actions({}, {block.name: self._gains[block.levels][-1].level for block in self.blocks})
 
     def peak(self, actions: Actions) -> Peak:
         """What is simulated already is not simulated again."""
-        if self.analysis.is_compiled and actions == self.all_at(0):
-            return with_overhead(self._smallest_sub_tokens.peak, self.analysis.device)
-        return self.analysis.peak(actions)
+        key = frozenset(actions.sizes.items()), frozenset(actions.recomputed.items())
+        if key not in self._peaks:
+            is_known = self.analysis.is_compiled and actions == self.all_at(0)
+            timeline = self._smallest_sub_tokens if is_known else self.analysis.simulate(actions)
+            self._peaks[key] = with_overhead(timeline.peak, self.analysis.device)
+        return self._peaks[key]
+
+    @cached_property
+    def _peaks(self) -> dict[object, Peak]:
+        return {}
 
     @cached_property
     def projections_are_kept(self) -> bool:
@@ -145,23 +156,31 @@ class Problem:
         return find_freed(self.analysis.findings, self.candidates, sizes) if self.analysis.is_factored else ()
 
     def _block_item(self, block: Block) -> Item:
-        """Its part of what recomputing all blocks frees and costs in time."""
-        share = block.kept_bytes / sum(b.kept_bytes for b in self.blocks)
+        """Its part of what recomputing all blocks of its kind frees and costs in time."""
+        share = block.kept_bytes / sum(b.kept_bytes for b in self.blocks if b.levels == block.levels)
+        gains = self._gains[block.levels]
         return Item(
-            group=(self._graphs_of(block.name),),
-            savings=tuple(int(share * gain.freed_bytes) for gain in self._gains),
-            costs=tuple(share * gain.seconds for gain in self._gains),
+            group=(self._graphs_of(block.name), block.levels),
+            savings=tuple(int(share * gain.freed_bytes) for gain in gains),
+            costs=tuple(share * gain.seconds for gain in gains),
         )
 
     def _graphs_of(self, region: str) -> tuple[int, ...]:
         return tuple(id(graph) for graph in self.analysis.findings.graphs[region])
 
     @cached_property
-    def _gains(self) -> list[Gain]:
+    def _gains(self) -> Mapping[tuple[Recompute, ...], list[Gain]]:
+        """What there is to gain of the blocks that may be recomputed in the same ways, by these."""
+        alike: dict[tuple[Recompute, ...], list[str]] = {}
+        for block in self.analysis.blocks:
+            alike.setdefault(block.levels, []).append(block.name)
+        return {levels: self._gains_of(names, levels) for levels, names in alike.items()}
+
+    def _gains_of(self, blocks: Sequence[str], levels: Sequence[Recompute]) -> list[Gain]:
         """The levels of recomputation worth offering, each freeing more than the one before."""
         found: list[Gain] = []
-        for level in LEVELS:
-            timeline = self.analysis.simulate(self._recomputing(level))
+        for level in levels:
+            timeline = self.analysis.simulate(Actions({}, dict.fromkeys(blocks, level)))
             untouched = self.analysis.untouched
             freed = untouched.bytes_at_start_of("backward") - timeline.bytes_at_start_of("backward")
             # Under a compiler it can save time; to keep is better all the same where both fit.
@@ -171,13 +190,10 @@ class Problem:
                 found.append(Gain(level, freed, seconds))
         return found
 
-    def _recomputing(self, level: Recompute) -> Actions:
-        return Actions({}, {block.name: level for block in self.analysis.blocks})
-
 
 @dataclass(frozen=True)
 class Gain:
-    """What recomputing all blocks in this way frees at the start of backward, and the time that it takes."""
+    """What recomputing blocks in this way frees at the start of backward, and the time that it takes."""
 
     level: Recompute
     freed_bytes: int

@@ -54,6 +54,27 @@ class Search:
             return Actions(), self._untouched
         if self._bottom[1].tensor_bytes > tensor_budget_bytes and self._tightest[1].tensor_bytes > tensor_budget_bytes:
             return self._tightest
+        return self._no_dearer_than_one_size(self._on_the_ladder(tensor_budget_bytes), tensor_budget_bytes)
+
+    def _no_dearer_than_one_size(self, found: tuple[Actions, Peak], tensor_budget_bytes: int) -> tuple[Actions, Peak]:
+        """What was found or, where that fits and is cheaper, everything at one size of sub-tokens.
+
+        The solver's estimates may be off; whoever tries sizes by hand is not to find better. A larger size that does
+        not fit rules out all smaller ones.
+        """
+        if self.recomputes or not self.problem.sizes_matter:
+            return found
+        most = max((len(candidate.sizes) for candidate in self.analysis.candidates), default=0)
+        for actions in reversed([self.problem.all_at(index) for index in range(most)]):
+            if self.problem.cost(actions) >= self.problem.cost(found[0]):
+                continue
+            peak = self.problem.peak(actions)
+            if peak.tensor_bytes > tensor_budget_bytes:
+                break
+            found = actions, peak
+        return found
+
+    def _on_the_ladder(self, tensor_budget_bytes: int) -> tuple[Actions, Peak]:
         for is_trusted in (True, False):
             low, high = 0, self._rungs
             while high - low > 1:
