@@ -62,7 +62,7 @@ def apply(model: torch.nn.Module, request: Request, args: tuple[Any, ...], kwarg
     before = vars(model).get(STATE)
     carriers = take_out(model)
     try:
-        regions = install(model, analysis.region_plans(actions.sizes), options.seed)
+        regions = install(model, analysis.region_plans(actions.sizes), options.seed, made.target)
         checkpointed = install_checkpointing(model, actions.recomputed)
         if request.projections:
             load_projections(regions, request.projections)
