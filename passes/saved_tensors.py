@@ -36,13 +36,14 @@ class Saving:
 class SavedTensors:
     """Collects what is saved for backward while it is on, inside and outside of region graphs.
 
-    `savings` lists it in order; `last_uses` maps a storage to the number of the tracker's events when a region used
-    it last in its forward.
+    `savings` lists it in order; `inputs` has the input of each linear, saved or not; `last_uses` maps a storage to the
+    number of the tracker's events when a region used it last in its forward.
     """
 
     def __init__(self, tracker: Tracker) -> None:
         self.tracker = tracker
         self.savings: list[Saving] = []
+        self.inputs: dict[tuple[str, str], Saving] = {}
         self.last_uses: dict[int, int] = {}
         self._current: tuple[str, Node, str | None, list[Any]] | None = None
 
@@ -59,6 +60,8 @@ class SavedTensors:
     def at(self, region: str, node: Node, consumer: str | None, operands: list[Any]) -> None:
         """Tells which node runs now."""
         self._current = (region, node, consumer, operands)
+        if consumer is not None and (region, consumer) not in self.inputs:
+            self.inputs[region, consumer] = self._saving(operands[0], self.tracker.watch(operands[0]))
 
     def after(self, operands: list[Any]) -> None:
         """Tells that the node has run."""

@@ -21,6 +21,7 @@ from velora_fx.options import Options
 from velora_fx.overhead import with_overhead
 from velora_fx.plans import Input, Skipped
 from velora_fx.probe import Findings, Use, probe
+from velora_fx.region import CHECKPOINTED
 from velora_fx.regions import child_regions, find_blocks, find_regions
 from velora_fx.rehearsal import Rehearsal
 from velora_fx.stand_in import uninstall
@@ -117,13 +118,16 @@ def analyse(
     parameters = dict(model.named_parameters(remove_duplicate=False))
 
     def is_dense(use: Use) -> str | None:
-        return not_factorable(parameters, findings.uses.values(), use) if options.is_factored else None
+        if options.is_factored:
+            return not_factorable(parameters, findings.uses.values(), use)
+        return CHECKPOINTED if use.is_recomputed else None
 
     candidates, sharing, skipped = find_candidates(
         findings,
         options.sub_token_sizes,
         lambda name: parameters[name].numel(),
         lambda use: exclusion(model, parameters, use, options) or is_dense(use),
+        options.is_factored,
     )
     if options.is_factored:  # the gradient and its optimizer state shrink whatever else keeps the input
         candidates, sharing = (*candidates, *sharing), ()
@@ -139,7 +143,7 @@ def analyse(
         untouched=untouched,
         inputs=_inputs(model, args, kwargs),
         device=device,
-        notes=_notes(rehearsal),
+        notes=_notes(rehearsal, findings),
         num_block_calls=sum(findings.calls.get(name, 0) for name in find_blocks(model)),
         is_compiled=rehearsal.is_compiled,
         is_factored=options.is_factored,
@@ -202,7 +206,7 @@ def _inputs(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     return tuple(Input(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors)
 
 
-def _notes(rehearsal: Rehearsal) -> tuple[str, ...]:
+def _notes(rehearsal: Rehearsal, findings: Findings) -> tuple[str, ...]:
     notes = []
     options = rehearsal.options
     if rehearsal.is_compiled and rehearsal.device.type == "cuda" and not torch.cuda.is_available():
@@ -210,6 +214,11 @@ def _notes(rehearsal: Rehearsal) -> tuple[str, ...]:
     if options.gradient_accumulation > 1:
         notes.append(
             f"gradients of {options.gradient_accumulation} batches are added up: they are there from the start"
+        )
+    if not options.is_factored and any(use.is_recomputed for use in findings.uses.values()):
+        notes.append(
+            "blocks with gradient checkpointing keep nothing to compress; gradients='factored' makes the gradients and "
+            "the optimizer state of their weights smaller all the same"
         )
     if not rehearsal.model.training:
         notes.append("the model is in eval mode; the plan is for training mode")
@@ -253,7 +262,8 @@ def _without_products(model: torch.nn.Module, findings: Findings) -> tuple[Skipp
 
 def _check_sizes(options: Options, findings: Findings) -> None:
     """Refuses sub-token sizes none of which divides the width of any input."""
-    widths = sorted({saving.shape[-1] for saving in findings.savings if saving.consumer is not None})
+    inputs = (*findings.savings, *findings.inputs.values())
+    widths = sorted({saving.shape[-1] for saving in inputs if saving.consumer is not None})
     sizes = options.sub_token_sizes
     if sizes is not None and widths and all(width % size for width in widths for size in sizes):
         raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from velora_fx.arguments import named_tensors, parameter_names
+from velora_fx.capture_ahead import CaptureAhead
 
 
 class BatchWatch:
@@ -67,10 +68,10 @@ class BatchWatch:
 
 
 def unwatch(model: torch.nn.Module) -> None:
-    """Takes every watch off the model and the modules in it."""
+    """Takes every hook of this library off the model and the modules in it."""
     for module in model.modules():
         for hook in list(module._forward_pre_hooks.values()):
-            if isinstance(hook, BatchWatch):
+            if isinstance(hook, (BatchWatch, CaptureAhead)):
                 hook.remove()
 
 

@@ -11,14 +11,14 @@ from torch.fx import GraphModule
 
 from velora_fx.cache_filling import filling_graph
 from velora_fx.capture import Captured
-from velora_fx.checkpoint_calls import ContextFn
+from velora_fx.checkpoint_calls import Checkpoint, ContextFn
 from velora_fx.checkpointing import CONTEXTS, Checkpointed
 from velora_fx.fake import fake_tensor
 from velora_fx.graphs import Call, RegionGraph, find_graph, key_of, make_graph, merge_graph
 from velora_fx.inductor import describe
 from velora_fx.module_state import carriers_of
 from velora_fx.passes.recompute_in_backward import recompute_in_backward
-from velora_fx.region import Region, is_checkpointed, make_call, without_checkpointing
+from velora_fx.region import Region, make_call
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class BlockGraphs:
         forward: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        checkpoints: Sequence[ContextFn | None],
+        checkpoints: Sequence[Checkpoint],
         captures: bool = False,
     ) -> FoundGraph | None:
         """The graph of a call within the given checkpoints, the innermost last; None if there is none.
@@ -73,10 +73,6 @@ class BlockGraphs:
         With `captures` an untouched block that is called in a new way gets one.
         """
         call = make_call(block, args, kwargs)
-        if isinstance(forward, Checkpointed):
-            checkpoints = [CONTEXTS[forward.recompute]]
-        elif is_checkpointed(block):
-            checkpoints = [*checkpoints, None]
         graph: RegionGraph | None = None
         carriers: Mapping[str, torch.Tensor] = {}
         projections: tuple[torch.Tensor, ...] = ()
@@ -87,18 +83,20 @@ class BlockGraphs:
                 carriers = {carrier: own[carrier] for carrier in forward.carriers}
                 projections = _fakes(forward.placed_on(call.tensors[0].device), call.tensors[0])
         if graph is None or graph.gm is None:
-            with without_checkpointing(block):  # as it was captured
-                graph = find_graph(self.graphs.get(name, ()), call, key_of(call), exact=False)
-                if graph is None and captures and not isinstance(forward, Region):
-                    graph = self._captured(call)
+            graph = find_graph(self.graphs.get(name, ()), call, key_of(call), exact=False)
+            if graph is None and captures and not isinstance(forward, Region):
+                graph = self._captured(call)
         if graph is None or graph.gm is None:
             return None
         plain = gm = graph.gm
         caches: list[Any] = []
-        if checkpoints:
-            key = id(graph), checkpoints[-1]
+        contexts = [checkpoint.context_fn for checkpoint in (*checkpoints, graph.checkpoint) if checkpoint is not None]
+        if isinstance(forward, Checkpointed):
+            contexts = [CONTEXTS[forward.recompute]]
+        if contexts:
+            key = id(graph), contexts[-1]
             if key not in self._recomputing:
-                self._recomputing[key] = recompute_in_backward(gm, checkpoints[-1])
+                self._recomputing[key] = recompute_in_backward(gm, contexts[-1])
             gm = self._recomputing[key]
         elif not projections and (caches := _caches_left_out(call, args, kwargs)):
             if id(graph) not in self._filling:

@@ -9,7 +9,6 @@ import torch
 from velora_fx.checkpointing import LEVELS, Recompute
 from velora_fx.passes.mutated_state import mutated_state
 from velora_fx.probe import Findings
-from velora_fx.region import is_checkpointed
 from velora_fx.regions import find_blocks
 
 
@@ -45,13 +44,14 @@ def find_recomputable(model: torch.nn.Module, findings: Findings, is_compiled: b
     for storage, regions in owners.items():
         if len(regions) == 1:  # a mask that all blocks keep is not freed by one
             kept.setdefault(next(iter(regions)), []).append(storage)
+    recomputed = {use.region for use in findings.uses.values() if use.is_recomputed}
     blocks = []
     for name, module in find_blocks(model).items():
         graphs = [graph.gm for graph in findings.graphs.get(name, ()) if graph.gm is not None]
         unfit = (
             (is_compiled and module is model)
             or name in findings.failures
-            or is_checkpointed(module)
+            or name in recomputed
             or any(map(mutated_state, graphs))
             or name in findings.overwrites.inputs_of
         )

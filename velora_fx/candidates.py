@@ -21,7 +21,8 @@ class Candidate:
     """A saved tensor that only gradients of trainable weights need; compressing it frees `bytes_before`.
 
     That is 0, with no `storages`, for one that something else keeps too: compressing it saves time alone. `savings`
-    names the linears that save it, `storages` the tracker's numbers of the storage in each call, `sizes`
+    names the linears that save it, or would if `is_recomputed` did not tell that it is made again in backward,
+    `storages` the tracker's numbers of the storage in each call, `sizes`
     the sub-token sizes it may take, `num_weights` the entries of the weights whose gradient becomes approximate, and
     `weights_of` those of each saving's own weight.
     """
@@ -34,6 +35,7 @@ class Candidate:
     sizes: tuple[int, ...]
     num_weights: int
     weights_of: tuple[int, ...]
+    is_recomputed: bool = False
 
     @property
     def key(self) -> tuple[str, str]:
@@ -47,6 +49,8 @@ class Candidate:
 
     def bytes_after(self, size: int) -> int:
         """Bytes of the projections kept instead, one tensor for each input of each region."""
+        if self.is_recomputed:
+            return 0
         inputs = {(s.region, s.x, s.storage): s for s in self.savings}
         total = 0
         for saving in inputs.values():
@@ -75,16 +79,19 @@ def find_candidates(
     sizes: Sequence[int] | None,
     num_weights: Callable[[str], int],
     exclusion: Callable[[Use], str | None],
+    is_factored: bool,
 ) -> tuple[tuple[Candidate, ...], tuple[Candidate, ...], tuple[Skipped, ...]]:
     """Sorts every product with a trainable parameter into candidates and skipped modules with their reasons.
 
-    The second of the three are those of the skipped that could be compressed, but would free nothing.
+    The second of the three are those of the skipped that could be compressed, but would free nothing; with
+    `is_factored` also those whose input nothing keeps, as their gradients shrink all the same.
     `num_weights` gives the entries of a parameter by its dotted name, `exclusion` a reason to leave a product as it
     is, or None.
     """
     assert findings.timeline is not None
     reasons = {key: use.reason or exclusion(use) for key, use in findings.uses.items()}
     allowed = {key for key, reason in reasons.items() if reason is None}
+    made_again = {key for key, use in findings.uses.items() if use.is_recomputed}
     by_storage: dict[int, list[Saving]] = {}
     for saving in findings.savings:
         by_storage.setdefault(saving.storage, []).append(saving)
@@ -92,6 +99,8 @@ def find_candidates(
     for savings in by_storage.values():
         linear = [saving for saving in savings if saving.consumer is not None]
         if not linear:
+            continue
+        if is_factored and all((saving.region, saving.consumer) in made_again for saving in linear):
             continue
         blocked = (
             _untimely(findings.timeline, savings[0].storage) or _blocked(savings, reasons) or _undivided(linear, sizes)
@@ -125,7 +134,13 @@ def find_candidates(
         for saving in findings.savings
         if (saving.region, saving.consumer) in allowed - chosen and findings.timeline.births[saving.storage] < backward
     ]
-    return candidates, _sharing(kept_anyway, findings, sizes, num_weights), skipped
+    others = _sharing(kept_anyway, findings, sizes, num_weights)
+    if is_factored:
+        known = chosen | {(saving.region, saving.consumer) for saving in kept_anyway}
+        unkept = [saving for key, saving in findings.inputs.items() if key in allowed - known]
+        shrinking = _sharing(unkept, findings, sizes, num_weights)
+        others = (*others, *(replace(candidate, is_recomputed=True) for candidate in shrinking))
+    return candidates, others, skipped
 
 
 def _sharing(

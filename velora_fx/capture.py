@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from velora_fx.arguments import CONSTANTS, flatten, unflatten
 from velora_fx.attributes import changes_in, holds_tensor, own_forward, recorded_reads
+from velora_fx.checkpoint_calls import Checkpoint, whole_checkpoint
 from velora_fx.limits import CaptureError, refusals
 from velora_fx.module_state import state_of
 
@@ -29,7 +30,8 @@ class Captured:
     `gm.meta["state"]` maps the placeholder of each parameter and buffer to its dotted name, in order. `outputs` is
     the structure of the result, `constants` its leaves with None where a tensor belongs (at `slots`). `guards` are
     Python expressions over the list `ts` of all inputs; `reads` the attributes that the forward
-    looked at, as `recorded_reads` lists them.
+    looked at, as `recorded_reads` lists them; `checkpoint` the one that all of the forward runs in, which the graph
+    itself is without.
     """
 
     gm: GraphModule
@@ -38,6 +40,7 @@ class Captured:
     slots: tuple[int, ...]
     guards: tuple[str, ...]
     reads: frozenset[tuple[str, ...]]
+    checkpoint: Checkpoint | None = None
 
 
 def capture(
@@ -61,7 +64,7 @@ def capture(
     state = state_of(module)
     names = list(state)
     caches_casts = torch.is_autocast_cache_enabled()
-    result: dict[str, Any] = {}
+    forward_only, result = _ForwardOnly(module), dict[str, Any]()
 
     class Shim(torch.nn.Module):
         def forward(self, ts: list[torch.Tensor]) -> list[Any]:
@@ -73,7 +76,7 @@ def capture(
             named = {f"inner.{name}": tensor for name, tensor in zip(names, ts, strict=False)}
             torch.set_autocast_cache_enabled(caches_casts)  # what the forward's autocast takes; tracing had set it off
             with changes_in((call_args, call_kwargs)) as changed_arguments:
-                output = torch.func.functional_call(_ForwardOnly(module), named, call_args, call_kwargs)
+                output = torch.func.functional_call(forward_only, named, call_args, call_kwargs)
             if changed_arguments:
                 raise CaptureError("its forward changes a list or dict that it is given, which a graph would not do")
             result["outputs"], result["leaves"] = flatten(output)
@@ -100,7 +103,9 @@ def capture(
     output_slots = [i for i, leaf in enumerate(result["leaves"]) if isinstance(leaf, (torch.Tensor, torch.SymInt))]
     gm = plain_graph_module(program, names)
     guards = _guards(program, gm, len(state))
-    return Captured(gm, result["outputs"], tuple(constants), tuple(output_slots), guards, frozenset(reads))
+    return Captured(
+        gm, result["outputs"], tuple(constants), tuple(output_slots), guards, frozenset(reads), forward_only.checkpoint
+    )
 
 
 def _check_attributes(module: torch.nn.Module, reads: Iterable[tuple[str, ...]], changed: Sequence[str]) -> None:
@@ -118,11 +123,13 @@ class _ForwardOnly(torch.nn.Module):
     def __init__(self, inner: torch.nn.Module) -> None:
         super().__init__()
         self.inner = inner
+        self.checkpoint: Checkpoint | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         before = state_of(self.inner)
-        with refusals():
+        with refusals(), whole_checkpoint() as checkpoints:
             output = self.inner.forward(*args, **kwargs)
+        self.checkpoint = checkpoints[0] if checkpoints else None
         for name, tensor in state_of(self.inner).items():
             if before.get(name) is not tensor:
                 raise CaptureError(f"its forward replaces {name} by another tensor, which a graph would not do")

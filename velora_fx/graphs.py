@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 
 from velora_fx.arguments import unflatten
 from velora_fx.capture import Captured, capture
+from velora_fx.checkpoint_calls import Checkpoint
 from velora_fx.graph_data import graph_from_data, graph_to_data
 from velora_fx.passes import PREPARE, run
 
@@ -33,7 +34,12 @@ class Call:
     @property
     def tensors(self) -> list[torch.Tensor]:
         """The inputs of a graph: state first, then the tensors among the arguments."""
-        return [*self.state.values(), *(leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor))]
+        return [*self.state.values(), *self.given]
+
+    @property
+    def given(self) -> list[torch.Tensor]:
+        """The tensors among the arguments."""
+        return [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)]
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,11 @@ class Attribute:
         if torch.compiler.is_compiling() or not self.fields:
             return True
         return all(getattr(live, name, None) == value for name, value in self.fields.items())
+
+    def changed_in(self, module: torch.nn.Module) -> str:
+        """What the module's attribute is by now, in words."""
+        live, full = getattr(module.get_submodule(self.module), self.name), f"{self.module}.{self.name}".lstrip(".")
+        return f"{full} is {live}, not {self.value}" if _is_plain(self.value) else f"{full} changed"
 
 
 @dataclass(eq=False)
@@ -95,6 +106,11 @@ class RegionGraph:
         return self.captured.gm if self.captured else None
 
     @property
+    def checkpoint(self) -> Checkpoint | None:
+        """What the forward that it stands for recomputes itself by in backward, if it does."""
+        return self.captured.checkpoint if self.captured else None
+
+    @property
     def text(self) -> tuple[Any, ...] | None:
         """The graph as comparable text with all it depends on; None where it has constants or no graph."""
         if self.captured is None or any(node.op == "get_attr" for node in self.captured.gm.graph.nodes):
@@ -102,7 +118,14 @@ class RegionGraph:
         code = self.captured.gm.graph.python_code("self").src
         captured = self.captured
         state = tuple(captured.gm.meta["state"].items())
-        return code, state, captured.guards, captured.outputs, captured.constants, captured.slots
+        return code, state, captured.guards, captured.outputs, captured.constants, captured.slots, captured.checkpoint
+
+    def recomputed(self, run: Callable[[list[Any]], Any], call: Call, extra: Sequence[torch.Tensor] = ()) -> Any:
+        """What `run` makes of the call's tensors and `extra`: within the checkpoint that the forward is in, if any."""
+        state, given = list(call.state.values()), call.given
+        if self.checkpoint is None:
+            return run([*state, *given, *extra])
+        return self.checkpoint(lambda *tensors: run([*state, *tensors, *extra]), *given)
 
     def result(self, outputs: tuple[Any, ...]) -> Any:
         """The forward's result from the graph's outputs."""
@@ -117,7 +140,7 @@ def key_of(call: Call) -> tuple[Any, ...]:
     """What must be the same for a graph to stand for a call, sizes and plain attributes apart."""
     return (
         call.structure,
-        tuple([_describe(leaf) for leaf in call.leaves]),
+        tuple([describe_leaf(leaf) for leaf in call.leaves]),
         tuple([(name, type(child), child.training) for name, child in call.module.named_modules()]),
         tuple([(name, t.dtype, t.device.type, t.device.index, t.requires_grad) for name, t in call.state.items()]),
         tuple([(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]),
@@ -137,7 +160,8 @@ def _aliases(leaves: list[Any]) -> tuple[int, ...]:
     return tuple([next(i for i, other in enumerate(tensors) if other is tensor) for tensor in tensors])
 
 
-def _describe(leaf: Any) -> Any:
+def describe_leaf(leaf: Any) -> Any:
+    """What is the same for arguments that one graph may stand for: of a tensor all but its sizes."""
     if isinstance(leaf, torch.Tensor):
         return ("tensor", leaf.dtype, leaf.device.type, leaf.device.index, leaf.dim())
     return leaf if isinstance(leaf, (*PRIMITIVES, torch.dtype)) else str(leaf)

@@ -13,6 +13,7 @@ from velora_fx.analysis import analyse
 from velora_fx.batch_watch import BatchWatch, unwatch, watch_batches
 from velora_fx.calibrate import calibrate
 from velora_fx.candidates import LARGEST_SUB_TOKEN
+from velora_fx.capture_ahead import CaptureAhead
 from velora_fx.carriers import put_back, remove_carriers
 from velora_fx.checkpointing import Checkpointed, install_checkpointing
 from velora_fx.first_forward import STATE, FirstForward, Request
@@ -62,7 +63,7 @@ def apply(model: torch.nn.Module, request: Request, args: tuple[Any, ...], kwarg
     before = vars(model).get(STATE)
     carriers = take_out(model)
     try:
-        regions = install(model, analysis.region_plans(actions.sizes), options.seed)
+        regions = install(model, analysis.region_plans(actions.sizes), options.seed, made.target)
         checkpointed = install_checkpointing(model, actions.recomputed)
         if request.projections:
             load_projections(regions, request.projections)
@@ -76,7 +77,7 @@ def apply(model: torch.nn.Module, request: Request, args: tuple[Any, ...], kwarg
     made = replace(made, measured=None) if made.measured is not None else made  # that was another run
     installed = Installed(made, regions, checkpointed)
     setattr(model, STATE, installed)
-    watch = _watch(model, made)
+    watch = _watch(model, installed)
     if options.measure or (made.device == "cuda" and torch.cuda.is_available()):
         installed.measurement = Measurement(model, made.planned, made.device, watch.seen, installed.take)
 
@@ -91,7 +92,7 @@ def _put_back(
     if before is not None:
         setattr(model, STATE, before)
     if isinstance(before, Installed):
-        _watch(model, before.plan)
+        _watch(model, before)
 
 
 def _filter_of(plan: Plan) -> Callable[[torch.nn.Module, str], bool]:
@@ -107,8 +108,10 @@ def _sizes_of(plan: Plan) -> tuple[int, ...] | None:
     return (*range(2, LARGEST_SUB_TOKEN + 1), *sorted(filter(None, larger))) if larger else None
 
 
-def _watch(model: torch.nn.Module, plan: Plan) -> BatchWatch:
-    return watch_batches(model, {item.name: item.shape for item in plan.inputs})
+def _watch(model: torch.nn.Module, installed: Installed) -> BatchWatch:
+    if installed.plan.target == "inductor" and installed.regions:
+        CaptureAhead(installed.regions).install(model)
+    return watch_batches(model, {item.name: item.shape for item in installed.plan.inputs})
 
 
 def wait(model: torch.nn.Module, request: Request) -> None:

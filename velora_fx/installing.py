@@ -11,6 +11,7 @@ from velora_fx.candidates import Candidate, full_name
 from velora_fx.carriers import add_carriers
 from velora_fx.folding import Folding
 from velora_fx.graphs import RegionGraph
+from velora_fx.notices import Notices
 from velora_fx.passes.swap import Carrier, Choice
 from velora_fx.probe import Findings, Use
 from velora_fx.projection import sign_projection
@@ -58,11 +59,13 @@ def _carrier(use: Use) -> Carrier:
     return Carrier(use.parameter, use.input_dim)
 
 
-def install(model: torch.nn.Module, plans: Mapping[str, RegionPlan], seed: int) -> list[Region]:
+def install(
+    model: torch.nn.Module, plans: Mapping[str, RegionPlan], seed: int, target: str | None = None
+) -> list[Region]:
     """Installs the regions, with the carriers of their weights; those with the same graphs and choices share their
-    rewritten graphs."""
+    rewritten graphs. `target` is what was planned for, None where it does not matter."""
     shared: dict[tuple[object, ...], list[RegionGraph]] = {}
-    regions, folding = [], Folding()
+    regions, folding, notices = [], Folding(), Notices(target)
     for name, plan in plans.items():
         block = model.get_submodule(name)
         key = (*(id(graph) for graph in plan.graphs), *plan.choices.items())
@@ -76,7 +79,7 @@ def install(model: torch.nn.Module, plans: Mapping[str, RegionPlan], seed: int) 
             )
             for choice in plan.choices.values()
         }  # fmt: skip
-        region = Region(name, block, plan.choices, projections, shared[key])
+        region = Region(name, block, plan.choices, projections, shared[key], notices)
         if region.carriers:
             add_carriers(region)
             region.folding = folding

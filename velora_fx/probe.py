@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from velora_fx.graphs import RegionGraph, find_graph, key_of, make_graph, merge_graph
+from velora_fx.checkpoint_calls import Checkpoint, noted_checkpoints
+from velora_fx.graphs import Call, RegionGraph, find_graph, key_of, make_graph, merge_graph
 from velora_fx.overwrites import Overwrites
 from velora_fx.passes.find_products import find_products
 from velora_fx.passes.saved_tensors import SavedTensors, Saving
-from velora_fx.region import CHECKPOINTED, hooks_in, is_checkpointed, make_call, without_checkpointing
+from velora_fx.region import hooks_in, make_call
 from velora_fx.regions import child_regions, find_regions
 from velora_fx.timeline import Timeline
 from velora_fx.tracker import Tracker
@@ -27,7 +28,7 @@ class Use:
     """One product of the model with a trainable parameter: where it is, and why it cannot be compressed (or None).
 
     `parameter` is its name in the region, `weight` the first that it has in the model: tied ones have several.
-    `input_dim` is as in `Product`.
+    `input_dim` is as in `Product`; `is_recomputed` tells that its input is made again in backward (checkpointing).
     """
 
     region: str
@@ -36,14 +37,16 @@ class Use:
     weight: str
     reason: str | None
     input_dim: int | None = None
+    is_recomputed: bool = False
 
 
 @dataclass
 class Findings:
     """What the trial step found: the graphs of each region by its name, products, failures, and saved tensors.
 
-    `calls` counts each region's calls; `empty_caches` tells whether any was given a key-value cache to fill;
-    `overwrites` which regions have what recompute relies on written in place.
+    `inputs` has the input of each product by region and consumer; `calls` counts each region's calls; `empty_caches`
+    tells whether any was given a key-value cache to fill; `overwrites` which regions have what recompute relies on
+    written in place.
     """
 
     graphs: dict[str, list[RegionGraph]] = field(default_factory=dict)
@@ -53,6 +56,7 @@ class Findings:
     empty_caches: bool = False
     overwrites: Overwrites = field(default_factory=Overwrites)
     savings: tuple[Saving, ...] = ()
+    inputs: Mapping[tuple[str, str], Saving] = field(default_factory=dict)
     last_uses: dict[int, int] = field(default_factory=dict)
     timeline: Timeline | None = None
 
@@ -74,24 +78,26 @@ def probe(
     findings = Findings(overwrites=Overwrites(model.parameters()))
     saved = SavedTensors(tracker)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    findings.inputs = saved.inputs
+    opened: list[Checkpoint] = []
     library: list[RegionGraph] = []
 
     def observe(name: str, block: torch.nn.Module) -> None:
         forward = vars(block).get("forward")
         if not isinstance(forward, _Probe):
-            is_replaced = name in replaced
+            is_replaced = any(other == name or other.startswith(f"{name}.") for other in replaced)
             block.forward = _Probe(
-                name, block, forward, is_replaced, findings, saved, names, library, observe, progress
+                name, block, forward, is_replaced, findings, saved, names, opened, library, observe, progress
             )
 
     for name, block in find_regions(model).items():
         findings.calls[name] = 0
         observe(name, block)
     if run_step is None:
-        with findings.overwrites:
+        with noted_checkpoints(opened), findings.overwrites:
             run_traced(model)
         return findings
-    with saved.on(), findings.overwrites:
+    with saved.on(), noted_checkpoints(opened), findings.overwrites:
         findings.timeline = run_step(model, tracker)
     findings.savings = tuple(saved.savings)
     findings.last_uses = saved.last_uses
@@ -111,49 +117,50 @@ class _Probe:
     findings: Findings
     saved: SavedTensors
     names: Mapping[int, str]
+    opened: Sequence[Checkpoint]
     library: list[RegionGraph]
     observe: Callable[[str, torch.nn.Module], None]
     progress: Callable[[str], None]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.findings.calls[self.name] = self.findings.calls.get(self.name, 0) + 1
-        graph, inputs = self.graph_and_inputs(args, kwargs)
+        call = make_call(self.block, args, kwargs)
+        graph = self.graph_of(call, args, kwargs)
         if graph.gm is None:
             self.fall_back(graph)
-        if graph.gm is None or is_checkpointed(self.block):
             return (self.forward or partial(type(self.block).forward, self.block))(*args, **kwargs)
-        with self.findings.overwrites.inside(self.name, inputs[len(graph.gm.meta["state"]) :]):
-            return graph.result(self.saved.run(graph.gm, self.name, inputs))
+        with self.findings.overwrites.inside(self.name, call.tensors[len(call.state) :]):
+            return graph.result(graph.recomputed(partial(self.saved.run, graph.gm, self.name), call))
 
-    def graph_and_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[RegionGraph, list[Any]]:
-        call = make_call(self.block, args, kwargs)
+    def graph_of(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RegionGraph:
         given, passed = [*args, *kwargs.values()], [*call.args, *call.kwargs.values()]
         self.findings.empty_caches |= any(a is not b for a, b in zip(given, passed, strict=True))
         key = key_of(call)
         reason = REPLACED if self.is_replaced else hooks_in(self.block)
         if reason is not None:
-            return RegionGraph(key, (), None, reason), call.tensors
+            return RegionGraph(key, (), None, reason)
         graph = find_graph(self.library, call, key, exact=True)
         if graph is None:
             self.progress(self.name or "the model")
-            with without_checkpointing(self.block):  # what it multiplies is to be known all the same
-                graph = merge_graph(self.library, make_graph(call, key, self.forward))
+            graph = merge_graph(self.library, make_graph(call, key, self.forward))
             if graph not in self.library:
                 self.library.append(graph)
         graphs = self.findings.graphs.setdefault(self.name, [])
         if graph not in graphs and graph.gm is not None:
             graphs.append(graph)
             self.note_products(graph, call.state)
-        return graph, call.tensors
+        return graph
 
     def note_products(self, graph: RegionGraph, state: dict[str, torch.Tensor]) -> None:
         assert graph.gm is not None
         for product in find_products(graph.gm):
             weight = state[product.parameter]
             if weight.requires_grad:
-                reason = CHECKPOINTED if is_checkpointed(self.block) else product.reason
-                name = self.names[id(weight)]
-                use = Use(self.name, product.consumer, product.parameter, name, reason, product.input_dim)
+                name, is_recomputed = self.names[id(weight)], graph.checkpoint is not None or bool(self.opened)
+                use = Use(
+                    self.name, product.consumer, product.parameter, name, product.reason, product.input_dim,
+                    is_recomputed,
+                )  # fmt: skip
                 self.findings.uses.setdefault((self.name, product.consumer), use)
 
     def fall_back(self, graph: RegionGraph) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from velora_fx.arguments import flatten, without_empty_caches
+from velora_fx.call_differences import differences
 from velora_fx.graphs import Call, RegionGraph, find_graph, key_of, make_graph, with_frozen
 from velora_fx.limits import autocast_depth
 from velora_fx.module_state import CARRIER, carriers_of, state_of
+from velora_fx.notices import Notices
 from velora_fx.passes import run
 from velora_fx.passes.find_products import find_products
 from velora_fx.passes.swap import Carrier, Choice, swap
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from velora_fx.folding import Folding
 
 MAX_GRAPHS = 8
+NEW = "it is called in a new way"
 CHECKPOINTED = "it is recomputed in backward (gradient checkpointing), so nothing is kept for it"
 
 
@@ -34,9 +35,9 @@ class Region(StandIn):
     In training it runs the rewritten graph that stands for the call; in `eval()`, under `no_grad`, under
     `torch.func`, with hooks on inner modules, with gradient checkpointing in the block's own forward or with a filled
     cache it calls the original forward. Weights with carriers get a gradient from the graph alone: their region runs it
-    in `eval()` and under gradient checkpointing too, and in the other cases raises. A call that no
-    graph stands for is captured anew, up to MAX_GRAPHS graphs. `graphs` is shared by equal regions; `projections`
-    are CPU tensors, a copy of which follows the inputs to their device.
+    in `eval()` too, and inside of the checkpoint under gradient checkpointing, and in the other cases raises. A call
+    that no graph stands for is captured anew, up to MAX_GRAPHS graphs. Equal regions share `graphs`, all of a model
+    `notices`; `projections` are CPU tensors, a copy of which follows the inputs to their device.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Region(StandIn):
         choices: Mapping[str, Choice],
         projections: Mapping[str, torch.Tensor],
         graphs: list[RegionGraph],
+        notices: Notices,
     ) -> None:
         super().__init__(block)
         self.name = name
@@ -56,7 +58,7 @@ class Region(StandIn):
         self.carriers = tuple(dict.fromkeys(choice.carrier.name for choice in chosen if choice.carrier))
         self.graphs = graphs
         self.folding: Folding | None = None
-        self.warned = False
+        self.notices = notices
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy's weights are stepped as the original's are."""
@@ -81,42 +83,64 @@ class Region(StandIn):
             return self.original(*args, **kwargs)
         if not self.carriers and (not self.block.training or _inside_torch_func()):
             return self.original(*args, **kwargs)
-        reason = self.reason_for_none()
+        self.notices.check_target(self)
+        reason = "it is called inside of torch.func" if _inside_torch_func() else hooks_in(self.block)
         if reason is not None:
-            self.check_needless(reason)
-            self.warn(f"runs its original forward, exactly: {reason}")
+            self.fall_back(reason)
             return self.original(*args, **kwargs)
         if self.carriers and not torch.compiler.is_compiling():
             self.freeze()
         call = make_call(self.block, args, kwargs)
-        if self.carriers and is_checkpointed(self.block):
-            with without_checkpointing(self.block):  # as it was captured
-                graph = self.graph_for(call)
-        else:
-            graph = self.graph_for(call)
+        graph = self.graph_for(call)
         if graph is None or graph.gm is None:
-            self.check_needless("it is called in a new way" if graph is None else graph.reason)
+            self.fall_back(NEW if graph is None else graph.reason, key_of(call) if graph is None else None)
             return self.original(*args, **kwargs)
-        depth = 0 if torch.compiler.is_compiling() else autocast_depth()
-        try:
-            outputs = graph.gm(*self.inputs(call))
-        except BaseException:
-            _leave_stretches(graph.key, depth)
-            raise
-        return graph.result(outputs)
+        return graph.result(graph.recomputed(partial(run_graph, graph), call, self.extra(call)))
+
+    def fall_back(self, reason: str | None, key: tuple[Any, ...] | None = None) -> None:
+        """Says why the original forward runs; RuntimeError where that would leave weights untrained.
+
+        `key` is that of a call that no graph stands for.
+        """
+        if torch.compiler.is_compiling():
+            from torch._dynamo.comptime import comptime
+
+            comptime(_tell_traced)
+        elif not self.carriers:
+            self.tell(reason, key)
+        else:
+            reason = reason if key is None else f"{reason} ({self.differences(key)})"
+        self.check_needless(reason)
+
+    def tell(self, reason: str | None, key: tuple[Any, ...] | None, is_traced: bool = False) -> None:
+        """Warns that the original forward runs."""
+        if key is not None and is_traced:
+            self.notices.say(
+                self.name,
+                f"is compiled for a call unlike those that were planned for ({self.differences(key)}) and runs its "
+                "original forward, exactly: plan with example_inputs like it",
+            )
+        elif key is not None:
+            self.notices.say(
+                self.name,
+                f"was called in more than {MAX_GRAPHS} different ways and runs its original forward for new ones",
+                f", such as this one ({self.differences(key)})",
+            )
+        else:
+            self.notices.say(self.name, f"runs its original forward, exactly: {reason}")
+
+    def differences(self, key: tuple[Any, ...]) -> str:
+        """In what a call differs from those that there are graphs for."""
+        alike = next((graph for graph in self.graphs if graph.key == key), None)
+        if alike is None:
+            return differences(key, [graph.key for graph in self.graphs])
+        changed = (attribute for attribute in alike.attributes if not attribute.is_same(self.block, exact=False))
+        return "; ".join(attribute.changed_in(self.block) for attribute in changed) or "a size differs"
 
     def freeze(self) -> None:
         """Freezes the weights with carriers again: `requires_grad_(True)` on the model or PEFT may have undone it."""
         for name in self.carriers:
             self.block.get_parameter(name.removesuffix(CARRIER)).requires_grad_(False)
-
-    def reason_for_none(self) -> str | None:
-        """Why no graph can stand for a call that is made now; None if one can."""
-        if self.carriers and _inside_torch_func():
-            return "it is called inside of torch.func"
-        if not self.carriers and is_checkpointed(self.block):
-            return CHECKPOINTED
-        return hooks_in(self.block)
 
     def check_needless(self, reason: str | None) -> None:
         """Raises RuntimeError where the original forward would leave weights untrained: those with carriers."""
@@ -126,17 +150,13 @@ class Region(StandIn):
                 f"can run: {reason}. Plan with example_inputs like this call, or with gradients='dense'"
             )
 
-    def inputs(self, call: Call) -> list[torch.Tensor]:
-        """What a graph is given: the call's tensors, the live carriers, and the projections."""
+    def extra(self, call: Call) -> list[torch.Tensor]:
+        """What a graph is given after the call's tensors: the live carriers, and the projections."""
         carriers = carriers_of(self.block)
         missing = [name for name in self.carriers if name not in carriers]
         if missing:
             self.check_needless(f"{missing[0]} is gone: restore the model, change it, and optimize it again")
-        return [
-            *call.tensors,
-            *(carriers[name] for name in self.carriers),
-            *self.placed_on(call.tensors[0].device),
-        ]
+        return [*(carriers[name] for name in self.carriers), *self.placed_on(call.tensors[0].device)]
 
     @property
     def directions(self) -> dict[Carrier, torch.Tensor]:
@@ -148,26 +168,17 @@ class Region(StandIn):
         """The graph that stands for the call; captured now if there is none yet and room for one more."""
         key = key_of(call)
         graph = find_graph(self.graphs, call, key, exact=False)
-        if graph is not None:
-            return graph
-        if torch.compiler.is_compiling():
-            if not self.carriers:
-                _warn_while_compiling(self.name)
-            return None
-        if len(self.graphs) < MAX_GRAPHS:
-            graph = rewritten(make_graph(call, key, self.previous), self.choices)
-            self.graphs.append(graph)
-            if graph.reason is not None:
-                self.warn(f"runs its original forward, exactly: {graph.reason}")
-            return graph
-        self.warn(f"was called in more than {MAX_GRAPHS} different ways and runs its original forward for new ones")
-        return None
+        if graph is None and not torch.compiler.is_compiling():
+            graph = self.capture(call, key)
+        return graph
 
-    def warn(self, text: str) -> None:
-        """Warns, once a region; where weights have carriers an error follows instead."""
-        if not (self.warned or self.carriers or torch.compiler.is_compiling()):
-            warnings.warn(f"velora_fx: {self.name or 'the model'} {text}", stacklevel=3)
-        self.warned = True
+    def capture(self, call: Call, key: tuple[Any, ...]) -> RegionGraph | None:
+        """A new graph for the call, if there is room for one more."""
+        if len(self.graphs) >= MAX_GRAPHS:
+            return None
+        graph = rewritten(make_graph(call, key, self.previous), self.choices)
+        self.graphs.append(graph)
+        return graph
 
     def set_projection(self, tensor: str, v: torch.Tensor) -> None:
         """Replaces the projection of a tensor; raises ValueError for another shape."""
@@ -194,14 +205,10 @@ class Region(StandIn):
         return dict(zip(self.projections, self.placed_on(device), strict=True))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _warn_while_compiling(name: str) -> None:
-    """Runs while Dynamo traces, where an ordinary warning would not be seen and a capture is not possible."""
-    warnings.warn(
-        f"velora_fx: {name or 'the model'} is compiled for a call unlike those that were planned for (a mask, dtype or "
-        "flag differs) and runs its original forward, exactly: plan with example_inputs like it",
-        stacklevel=2,
-    )
+def _tell_traced(context: Any) -> None:
+    """Runs while Dynamo traces `Region.fall_back`, with its locals: an ordinary warning would not be seen there."""
+    region = context.get_local("self")._i_will_not_complain_if_bc_breaks_VariableTracker().value
+    region.tell(*(context.get_local(name).as_python_constant() for name in ("reason", "key")), is_traced=True)
 
 
 def make_call(block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -221,6 +228,9 @@ def rewritten(graph: RegionGraph, choices: Mapping[str, Choice]) -> RegionGraph:
     """A copy of a prepared graph with the choices put in; without `gm` if none of them applies to it."""
     if graph.captured is None or graph.gm is None:
         return graph
+    is_factored = any(choice.carrier for choice in choices.values())
+    if graph.checkpoint is not None and not is_factored:
+        return RegionGraph(graph.key, graph.attributes, None, CHECKPOINTED)
     carried = {choice.carrier.parameter for choice in choices.values() if choice.carrier}
     trainable = {name for name, *_, requires_grad in graph.key[3] if requires_grad} | carried
     key = with_frozen(graph.key, carried)
@@ -236,42 +246,49 @@ def rewritten(graph: RegionGraph, choices: Mapping[str, Choice]) -> RegionGraph:
     return RegionGraph(key, graph.attributes, replace(graph.captured, gm=gm))
 
 
-def is_checkpointed(block: torch.nn.Module) -> bool:
-    """True if the forward itself recomputes activations in backward, as Hugging Face blocks do when told so."""
-    return any(getattr(module, "gradient_checkpointing", False) for module in block.modules())
-
-
-@contextlib.contextmanager
-def without_checkpointing(block: torch.nn.Module) -> Iterator[None]:
-    """Switches off the gradient checkpointing in the forward of Hugging Face blocks."""
-    modules = [module for module in block.modules() if getattr(module, "gradient_checkpointing", False)]
-    for module in modules:
-        module.gradient_checkpointing = False  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.gradient_checkpointing = True  # type: ignore[assignment]
-
-
 def hooks_in(block: torch.nn.Module) -> str | None:
     """Which hooks a graph of the block would not call; None if there are none. Those on the block itself run."""
     for name, module in block.named_modules():
-        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-        if module is not block and any(hooks):
+        others = (module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        if module is not block and (any(others) or not all(map(is_idle, module._forward_hooks.values()))):
             return f"{name} in it has hooks, which a graph would not call"
     if not torch.compiler.is_compiling() and torch.nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return "there are hooks on all modules, which a graph would not call"
     return None
 
 
+def is_idle(hook: Any) -> bool:
+    """True for a hook that transformers leaves on inner modules for good, while the outputs that it collects are not
+    asked for."""
+    if getattr(hook, "__module__", None) != "transformers.utils.output_capturing":
+        return False
+    active = hook.__globals__["_active_collector"]
+    if torch.compiler.is_compiling() and not active.compiling:
+        return False  # it is a ContextVar, which Dynamo cannot read
+    collected = active.get()
+    return collected is None or hook.__closure__[hook.__code__.co_freevars.index("key")].cell_contents not in collected
+
+
 def _inside_torch_func() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def run_graph(graph: RegionGraph, inputs: list[torch.Tensor]) -> Any:
+    """Runs a region's graph; an error, as of a checkpoint that has recomputed enough, leaves grad mode and autocast."""
+    assert graph.gm is not None
+    if torch.compiler.is_compiling():
+        return graph.gm(*inputs)
+    depth, has_gradients = autocast_depth(), torch.is_grad_enabled()
+    try:
+        return graph.gm(*inputs)
+    except BaseException:
+        torch._C._set_grad_enabled(has_gradients)
+        _leave_stretches(graph.key, depth)
+        raise
+
+
 def _leave_stretches(key: tuple[Any, ...], depth: int) -> None:
-    """Sets grad mode and autocast to what they were at the call: an error may have been raised in a stretch."""
-    torch._C._set_grad_enabled(True)
+    """Sets autocast to what it was at the call: an error may have been raised in a stretch."""
     for kind, enabled, dtype in key[4]:
         torch.set_autocast_enabled(kind, enabled)
         torch.set_autocast_dtype(kind, dtype)
