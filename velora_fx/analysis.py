@@ -198,6 +198,10 @@ def _notes(rehearsal: Rehearsal) -> tuple[str, ...]:
         )
     if not rehearsal.model.training:
         notes.append("the model is in eval mode; the plan is for training mode")
+    if rehearsal.checks:
+        broken = ", which is where torch.compile splits it into graphs that may keep more" * rehearsal.is_compiled
+        places = "; ".join(sorted(rehearsal.checks))
+        notes.append(f"where the model asks whether values are finite, they are taken to be{broken}: {places}")
     if "" in rehearsal.replaced:
         notes.append("the model's forward was replaced by a function; the plan is for the forward of its class")
     return tuple(notes)

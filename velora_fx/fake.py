@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from velora_fx.finite import FiniteValues
 from velora_fx.ops import compress_blocks
 
 Value = TypeVar("Value")
@@ -169,10 +170,13 @@ def _fused_attention(
 
 
 @contextlib.contextmanager
-def kernels_of(device: torch.device) -> Iterator[None]:
-    """The context in which fake operators behave as the kernels of `device` do."""
+def kernels_of(device: torch.device, checks: set[str] | None = None) -> Iterator[None]:
+    """The context in which fake operators behave as the kernels of `device` do, on values that are finite.
+
+    `checks` gets the places in the code that ask whether they are.
+    """
     fused = device.type == "cuda" and not torch.cuda.is_available()
-    with RealKernels(device), FusedAttention() if fused else contextlib.nullcontext():
+    with RealKernels(device), FusedAttention() if fused else contextlib.nullcontext(), FiniteValues(checks):
         yield
 
 

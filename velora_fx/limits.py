@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 
 
@@ -22,13 +23,19 @@ def refusals() -> Iterator[None]:
     """Raises CaptureError where the code inside does what torch.export would lose without a word.
 
     That is a backward of its own (`autograd.Function`, tensor hooks), packing of saved tensors (checkpointing), random
-    numbers from elsewhere than PyTorch's global state, and a change of the grad mode inside an autocast stretch.
+    numbers from elsewhere than PyTorch's global state, and a change of the grad mode inside an autocast stretch. A
+    forward that asks for values gets it too: torch.export would print the graph so far.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     own_backward = replaced(torch.autograd.Function, "apply", classmethod(_apply))
     try:
         with own_backward, replaced(saved_tensors_hooks, "__enter__", _enter), _Watch():
-            yield
+            try:
+                yield
+            except GuardOnDataDependentSymNode as error:
+                raise CaptureError(
+                    "its forward branches on the values of tensors, which a graph would not do"
+                ) from error
         same_numpy = all(np.array_equal(a, b) for a, b in zip(numpy_state, np.random.get_state(), strict=True))
         if random.getstate() != python_state or not same_numpy:
             raise CaptureError("its forward draws random numbers from Python or NumPy")
