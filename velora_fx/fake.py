@@ -13,7 +13,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from velora_fx.finite import FiniteValues
+from velora_fx.module_state import own_attributes
 from velora_fx.ops import compress_blocks
+from velora_fx.storages import as_on_cpu
 
 Value = TypeVar("Value")
 Real = Literal["none", "integers", "all"]
@@ -36,22 +38,23 @@ def fake_tensor(
 ) -> torch.Tensor:
     """A tensor without memory of the same shape, strides, dtype and class, on `device` (default: its own).
 
-    Tensors of integers are real copies, all that require no gradient where `real` is "all", and none where "none".
+    Tensors of integers are real copies, all that require no gradient where `real` is "all", and none where "none";
+    parameters never are, of integers (quantised ones) neither. Their attributes are shared.
     """
     where = device or tensor.device
     if where.type == "meta" or (where.type == "cuda" and not torch.cuda.is_available()):
         where = torch.device("cpu")
+    if isinstance(tensor, torch.nn.Parameter):
+        with mode:
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=where)
+        parameter = torch.nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        parameter.__dict__.update(own_attributes(tensor))
+        return parameter
     is_real = real != "none" and not (isinstance(tensor, FakeTensor) or tensor.is_meta)
     if is_real and (
         (real == "all" and not tensor.requires_grad) or not (tensor.is_floating_point() or tensor.is_complex())
     ):
         return tensor.detach().to(where, copy=True)
-    if isinstance(tensor, torch.nn.Parameter):
-        with mode:
-            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=where)
-        parameter = torch.nn.Parameter(fake, requires_grad=tensor.requires_grad)
-        parameter.__dict__.update(tensor.__dict__)
-        return parameter
     with mode:  # a view holds all of its storage
         whole = torch.empty(tensor.untyped_storage().nbytes() // tensor.itemsize, dtype=tensor.dtype, device=where)
         fake = whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
@@ -98,9 +101,9 @@ def _tensors_inside(value: Any) -> Iterator[torch.Tensor]:
 class RealKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lets fake operators do what the real kernels of a device do and their shape functions do not.
 
-    `aten._grouped_mm` (mixtures of experts) takes all dtypes; layer norms and their gradients are made from contiguous
-    copies and are contiguous. On the CPU `velora.compress` takes memory for its products, and arithmetic on two dtypes
-    first casts an operand.
+    `aten._grouped_mm` (mixtures of experts) takes all dtypes, `aten._ctc_loss` real lengths of texts; layer norms and
+    their gradients are made from contiguous copies and are contiguous. On the CPU `velora.compress` takes memory for
+    its products, arithmetic on two dtypes first casts an operand, and some storages are larger than their tensors.
     """
 
     supports_higher_order_operators = True
@@ -120,6 +123,10 @@ class RealKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 groups = a if a.dim() == 3 else args[2] if len(args) > 2 else (kwargs or {})["offs"]
                 shape.insert(0, groups.shape[0])
             return a.new_empty(shape)
+        if func is aten._ctc_loss.Tensor and not any(isinstance(a, FakeTensor) for a in args[1:4]):
+            steps, batch = args[0].shape[0], args[3].numel()
+            states = 2 * int(args[3].max()) + 1  # of the longest text, whose length is real
+            return args[0].new_empty(batch), args[0].new_empty(batch, steps, states)
         on_cpu = self.device.type == "cpu"
         if on_cpu and func is torch.ops.velora.compress.default and isinstance(args[0], FakeTensor):
             compress_blocks(args[0], args[1], 1)
@@ -128,7 +135,9 @@ class RealKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func in self.casts and all(isinstance(a, FakeTensor) and a.dim() for a in args):
             dtype = torch.promote_types(args[0].dtype, args[1].dtype)
             args = tuple(a if a.dtype == dtype else a.to(dtype) for a in args)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        is_fake = bool(args) and isinstance(args[0], FakeTensor)
+        return as_on_cpu(func, args, result) if on_cpu and is_fake else result
 
 
 class FusedAttention(TorchFunctionMode):

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from velora_fx.arguments import named_tensors
 from velora_fx.fake import as_compiled, kernels_of
 from velora_fx.finite import place_in
+from velora_fx.module_state import attached_tensors
 from velora_fx.optimizers import OptimizerFactory
 from velora_fx.scopes import Scopes
 from velora_fx.step_time import StepTimer
@@ -101,6 +102,8 @@ def _watch_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None
                 tracker.watch(value, "optimizer", f"{key} of {names.get(id(parameter), 'a parameter')}")
     for name, parameter in model.named_parameters():
         tracker.watch(parameter, "parameters", name)
+        for attached in attached_tensors(parameter):
+            tracker.watch(attached, "parameters", name)
     for name, buffer in model.named_buffers():
         tracker.watch(buffer, "buffers", name)
     _watch_gradients(model, tracker)
