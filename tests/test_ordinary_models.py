@@ -17,7 +17,6 @@ from tests.peaks import measured_peak, predict
 from tests.zoo import loss_of
 from velora_fx.module_state import attached_tensors
 
-bnb = pytest.importorskip("bitsandbytes")
 SPEECH: dict[str, Any] = {
     "vocab_size": 32,
     "hidden_size": 32,
@@ -70,6 +69,7 @@ def test_blocks_with_an_autograd_function_are_predicted(target):
 
 def quantised(kind: str) -> nn.Module:
     """A small Llama on a quantised base, with LoRA."""
+    bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     config = hf.LlamaConfig(
         vocab_size=96,
