@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -36,16 +37,22 @@ class Saving:
 class SavedTensors:
     """Collects what is saved for backward while it is on, inside and outside of region graphs.
 
-    `savings` lists it in order; `inputs` has the input of each linear, saved or not; `last_uses` maps a storage to the
-    number of the tracker's events when a region used it last in its forward.
+    `inputs` has the input of each linear, saved or not; `last_uses` maps a storage to the number of the tracker's
+    events when a region used it last in its forward.
     """
 
     def __init__(self, tracker: Tracker) -> None:
         self.tracker = tracker
-        self.savings: list[Saving] = []
         self.inputs: dict[tuple[str, str], Saving] = {}
+        self._savings: dict[int, tuple[Saving, weakref.ref[torch.Tensor]]] = {}
+        self._num_saved = 0
         self.last_uses: dict[int, int] = {}
         self._current: tuple[str, Node, str | None, list[Any]] | None = None
+
+    @property
+    def savings(self) -> list[Saving]:
+        """What was saved, in order, but for what forward itself let go: no loss depends on it (a check on values)."""
+        return [saving for saving, _ in self._savings.values()]
 
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:
@@ -71,10 +78,16 @@ class SavedTensors:
                 self.last_uses[self.tracker.watch(operand)] = self.tracker.now
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = self.tracker.watch(tensor)
+        storage, kept, number = self.tracker.watch(tensor), tensor.detach(), self._num_saved
+        self._num_saved += 1
+
+        def let_go(_: Any) -> None:
+            if self.tracker.moment == "forward":
+                del self._savings[number]
+
         if self.tracker.categories.get(storage) not in ("parameters", "buffers"):
-            self.savings.append(self._saving(tensor, storage))
-        return tensor.detach()
+            self._savings[number] = self._saving(tensor, storage), weakref.ref(kept, let_go)
+        return kept
 
     def _saving(self, tensor: torch.Tensor, storage: int) -> Saving:
         size = tensor.untyped_storage().nbytes()

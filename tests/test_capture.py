@@ -705,7 +705,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
     "an argument of another type": (lambda m, x, cache: m.linear(x), (Cache(),), "takes an argument of type Cache"),
     "one inside a list": (lambda m, x, caches: m.linear(x), ([Cache()],), "takes an argument of type Cache"),
     "a result of another type": (lambda m, x: Cache(), (), "returns a Cache"),
-    "a branch on a value": (lambda m, x: m.linear(x) if x.sum() > 0 else x, (), "data-dependent"),
+    "a branch on a value": (lambda m, x: m.linear(x) if x.sum() > 0 else x, (), "branches on the values"),
     "a loop over values": (lambda m, x: sum(m.linear(x[i]) for i in x[:, 0, 0].long().unique().tolist()), (), ""),
     "a tensor as a number": (lambda m, x: m.linear(x) * x.sum().item() if x.max().item() > 0 else x, (), ""),
     "an autograd function": (lambda m, x: m.linear(Reverse.apply(x)), (), "autograd.Function"),

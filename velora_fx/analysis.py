@@ -222,6 +222,12 @@ def _notes(rehearsal: Rehearsal, findings: Findings) -> tuple[str, ...]:
         )
     if not rehearsal.model.training:
         notes.append("the model is in eval mode; the plan is for training mode")
+    if rehearsal.checks:
+        broken = ", which is where torch.compile splits it into graphs that may keep more" * rehearsal.is_compiled
+        places = "; ".join(sorted(rehearsal.checks))
+        notes.append(f"where the model asks whether values are finite, they are taken to be{broken}: {places}")
+    if rehearsal.device.type == "cpu" and any(isinstance(m, torch.nn.LSTM) for m in rehearsal.model.modules()):
+        notes.append("what the kernel of an LSTM layer takes while it runs is not known, and not counted")
     if "" in rehearsal.replaced:
         notes.append("the model's forward was replaced by a function; the plan is for the forward of its class")
     return tuple(notes)

@@ -20,7 +20,7 @@ from velora_fx.arguments import CONSTANTS, flatten, unflatten
 from velora_fx.attributes import changes_in, holds_tensor, own_forward, recorded_reads
 from velora_fx.checkpoint_calls import Checkpoint, whole_checkpoint
 from velora_fx.limits import CaptureError, refusals
-from velora_fx.module_state import state_of
+from velora_fx.module_state import attached_to, state_of
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,9 @@ def capture(
             raise CaptureError(f"its forward takes an argument of type {type(leaf).__name__}")
     slots = [index for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
     state = state_of(module)
+    for name, tensor in state.items():
+        for attribute in attached_to(tensor):
+            raise CaptureError(f"{name} has tensors in its {attribute} (is it quantised?), which no graph has")
     names = list(state)
     caches_casts = torch.is_autocast_cache_enabled()
     forward_only, result = _ForwardOnly(module), dict[str, Any]()

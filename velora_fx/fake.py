@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
@@ -12,13 +13,17 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from velora_fx.finite import FiniteValues
+from velora_fx.module_state import own_attributes
 from velora_fx.ops import compress_blocks
+from velora_fx.storages import as_on_cpu
 
 Value = TypeVar("Value")
 Real = Literal["none", "integers", "all"]
 aten = torch.ops.aten
 ARITHMETIC = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+PADS = (aten.slice_backward.default, aten.select_backward.default)
 LAYER_NORMS = (torch.ops.aten.native_layer_norm.default, torch.ops.aten.native_layer_norm_backward.default)
 
 
@@ -36,22 +41,23 @@ def fake_tensor(
 ) -> torch.Tensor:
     """A tensor without memory of the same shape, strides, dtype and class, on `device` (default: its own).
 
-    Tensors of integers are real copies, all that require no gradient where `real` is "all", and none where "none".
+    Tensors of integers are real copies, all that require no gradient where `real` is "all", and none where "none";
+    parameters never are, of integers (quantised ones) neither. Their attributes are shared.
     """
     where = device or tensor.device
     if where.type == "meta" or (where.type == "cuda" and not torch.cuda.is_available()):
         where = torch.device("cpu")
+    if isinstance(tensor, torch.nn.Parameter):
+        with mode:
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=where)
+        parameter = torch.nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        parameter.__dict__.update(own_attributes(tensor))
+        return parameter
     is_real = real != "none" and not (isinstance(tensor, FakeTensor) or tensor.is_meta)
     if is_real and (
         (real == "all" and not tensor.requires_grad) or not (tensor.is_floating_point() or tensor.is_complex())
     ):
         return tensor.detach().to(where, copy=True)
-    if isinstance(tensor, torch.nn.Parameter):
-        with mode:
-            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=where)
-        parameter = torch.nn.Parameter(fake, requires_grad=tensor.requires_grad)
-        parameter.__dict__.update(tensor.__dict__)
-        return parameter
     with mode:  # a view holds all of its storage
         whole = torch.empty(tensor.untyped_storage().nbytes() // tensor.itemsize, dtype=tensor.dtype, device=where)
         fake = whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
@@ -98,9 +104,11 @@ def _tensors_inside(value: Any) -> Iterator[torch.Tensor]:
 class RealKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lets fake operators do what the real kernels of a device do and their shape functions do not.
 
-    `aten._grouped_mm` (mixtures of experts) takes all dtypes; layer norms and their gradients are made from contiguous
-    copies and are contiguous. On the CPU `velora.compress` takes memory for its products, arithmetic on two dtypes
-    first casts an operand, and the backward of attention copies a gradient that is not laid out [batch, length, heads].
+    `aten._grouped_mm` (mixtures of experts) takes all dtypes, `aten._ctc_loss` real lengths of texts; layer norms and
+    their gradients are made from contiguous copies and are contiguous. On the CPU `velora.compress` takes memory for
+    its products, arithmetic on two dtypes first casts an operand, the backward of attention copies a gradient that is
+    not laid out [batch, length, heads], and some storages are larger than their tensors. The backward of a view that
+    was written in place (a linear's output of three dimensions) copies the gradient.
     """
 
     supports_higher_order_operators = True
@@ -109,6 +117,7 @@ class RealKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
         self.casts = ARITHMETIC if device.type == "cpu" else ()
+        self._padded: weakref.ref[torch.UntypedStorage] | None = None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -120,6 +129,10 @@ class RealKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 groups = a if a.dim() == 3 else args[2] if len(args) > 2 else (kwargs or {})["offs"]
                 shape.insert(0, groups.shape[0])
             return a.new_empty(shape)
+        if func is aten._ctc_loss.Tensor and not any(isinstance(a, FakeTensor) for a in args[1:4]):
+            steps, batch = args[0].shape[0], args[3].numel()
+            states = 2 * int(args[3].max()) + 1  # of the longest text, whose length is real
+            return args[0].new_empty(batch), args[0].new_empty(batch, steps, states)
         on_cpu = self.device.type == "cpu"
         if on_cpu and func is torch.ops.velora.compress.default and isinstance(args[0], FakeTensor):
             compress_blocks(args[0], args[1], 1)
@@ -130,7 +143,25 @@ class RealKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func in self.casts and all(isinstance(a, FakeTensor) and a.dim() for a in args):
             dtype = torch.promote_types(args[0].dtype, args[1].dtype)
             args = tuple(a if a.dtype == dtype else a.to(dtype) for a in args)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        is_fake = bool(args) and isinstance(args[0], FakeTensor)
+        if func in PADS and is_fake:
+            self._padded = weakref.ref(result.untyped_storage())
+        if func is aten.view.default and is_fake and _is_backward_of_written_view():
+            is_made = self._padded is not None and self._padded() is args[0].untyped_storage()  # for a part of the view
+            return result if is_made else result.new_empty(result.shape)
+        return as_on_cpu(func, args, result) if on_cpu and is_fake else result
+
+
+def _is_backward_of_written_view() -> bool:
+    """True in the node that a view got when it was written in place.
+
+    That of a real tensor is `AsStridedBackward0`, which makes a new gradient; fake ones, of a subclass, repeat views.
+    """
+    node = torch._C._current_autograd_node()
+    if node is None or node.name() != "ViewBackward0":
+        return False
+    return any(after is not None and after.name() == "torch::autograd::CopySlices" for after, _ in node.next_functions)
 
 
 class FusedAttention(TorchFunctionMode):
@@ -172,10 +203,13 @@ def _fused_attention(
 
 
 @contextlib.contextmanager
-def kernels_of(device: torch.device) -> Iterator[None]:
-    """The context in which fake operators behave as the kernels of `device` do."""
+def kernels_of(device: torch.device, checks: set[str] | None = None) -> Iterator[None]:
+    """The context in which fake operators behave as the kernels of `device` do, on values that are finite.
+
+    `checks` gets the places in the code that ask whether they are.
+    """
     fused = device.type == "cuda" and not torch.cuda.is_available()
-    with RealKernels(device), FusedAttention() if fused else contextlib.nullcontext():
+    with RealKernels(device), FusedAttention() if fused else contextlib.nullcontext(), FiniteValues(checks):
         yield
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 
 
@@ -18,17 +19,25 @@ class CaptureError(Exception):
 
 
 @contextlib.contextmanager
-def refusals() -> Iterator[None]:
+def refusals(own_backwards: bool = False) -> Iterator[None]:
     """Raises CaptureError where the code inside does what torch.export would lose without a word.
 
     That is a backward of its own (`autograd.Function`, tensor hooks), packing of saved tensors (checkpointing), random
-    numbers from elsewhere than PyTorch's global state, and a change of the grad mode inside an autocast stretch.
+    numbers from elsewhere than PyTorch's global state, and a change of the grad mode inside an autocast stretch. A
+    forward that asks for values gets it too: torch.export would print the graph so far. With `own_backwards` an
+    `autograd.Function` runs its forward as operations like any other: for a graph that is never trained.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    own_backward = replaced(torch.autograd.Function, "apply", classmethod(_apply))
+    apply = _forward_alone if own_backwards else _apply
+    own_backward = replaced(torch.autograd.Function, "apply", classmethod(apply))
     try:
         with own_backward, replaced(saved_tensors_hooks, "__enter__", _enter), _Watch():
-            yield
+            try:
+                yield
+            except GuardOnDataDependentSymNode as error:
+                raise CaptureError(
+                    "its forward branches on the values of tensors, which a graph would not do"
+                ) from error
         same_numpy = all(np.array_equal(a, b) for a, b in zip(numpy_state, np.random.get_state(), strict=True))
         if random.getstate() != python_state or not same_numpy:
             raise CaptureError("its forward draws random numbers from Python or NumPy")
@@ -67,6 +76,37 @@ def _apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any
     if cls.__name__.startswith("GeneratedBackwardFor_"):  # of an operator of torch.library, a node of the graph
         return _original_apply.__get__(None, cls)(*args, **kwargs)
     raise CaptureError(f"its forward calls {cls.__name__}, an autograd.Function, whose backward a graph would not run")
+
+
+class _Context(torch.autograd.function.FunctionCtx):
+    """What the forward of an `autograd.Function` writes to where nobody reads it."""
+
+    def __init__(self, args: tuple[Any, ...]) -> None:
+        self.needs_input_grad = tuple(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)
+
+
+def _forward_alone(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+    if cls.__name__.startswith("GeneratedBackwardFor_"):
+        return _original_apply.__get__(None, cls)(*args, **kwargs)
+    has_own_context = cls.setup_context is torch.autograd.Function.setup_context
+    with _Differentiable(cls):
+        return cls.forward(_Context(args), *args, **kwargs) if has_own_context else cls.forward(*args, **kwargs)
+
+
+class _Differentiable(TorchFunctionMode):
+    """Refuses operators that are not PyTorch's own, as those for quantised weights: the function alone knows their
+    gradient."""
+
+    def __init__(self, cls: type[torch.autograd.Function]) -> None:
+        super().__init__()
+        self.name = cls.__name__
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "namespace", "aten") not in ("aten", "prim", "prims"):
+            raise CaptureError(f"its forward calls {self.name}, an autograd.Function around the operator {func}")
+        return func(*args, **(kwargs or {}))
 
 
 def _enter(self: saved_tensors_hooks) -> None:

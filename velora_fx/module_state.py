@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from velora_fx.attributes import holds_tensor, is_plain_object
 
 CARRIER = "_carrier"
 
@@ -38,3 +42,37 @@ def leave_out(module: torch.nn.Module, state: dict[str, Any], prefix: str, metad
     """The hook on the state dict of a module with carriers, by which it is known."""
     for name in own_carriers(module):
         state.pop(prefix + name, None)
+
+
+def own_attributes(tensor: torch.Tensor) -> dict[str, Any]:
+    """What was set on a tensor, real or fake: a learning rate of its own, the statistics of a quantised weight."""
+    return {name: value for name, value in vars(tensor).items() if name not in _attributes_of_fakes()}
+
+
+@functools.cache
+def _attributes_of_fakes() -> frozenset[str]:
+    with FakeTensorMode():
+        return frozenset({*vars(torch.nn.Parameter(torch.empty(0))), "_is_param"})
+
+
+def attached_to(tensor: torch.Tensor) -> dict[str, Any]:
+    """Those of them that hold tensors, without which a quantised weight means nothing."""
+    return {name: value for name, value in own_attributes(tensor).items() if holds_tensor(value)}
+
+
+def attached_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors in the attributes of a tensor, also those in plain objects inside of plain objects."""
+    found, seen = [], set()
+    pending = list(attached_to(tensor).values())
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple, set)):
+            pending += value
+        elif isinstance(value, dict) or is_plain_object(value):
+            pending += (value if isinstance(value, dict) else vars(value)).values()
+    return found

@@ -34,7 +34,10 @@ Graphs = Mapping[str, Sequence[RegionGraph]]
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What the steps of one model for one batch have in common; the model itself is never touched."""
+    """What the steps of one model for one batch have in common; the model itself is never touched.
+
+    `checks` are the places in its code that have asked whether values are finite.
+    """
 
     model: torch.nn.Module
     args: tuple[Any, ...]
@@ -42,6 +45,7 @@ class Rehearsal:
     options: Options
     device: torch.device
     mode: FakeTensorMode = field(default_factory=fake_mode)
+    checks: set[str] = field(default_factory=set)
 
     @property
     def is_compiled(self) -> bool:
@@ -98,7 +102,8 @@ class Rehearsal:
 
     def forward(self, fake: torch.nn.Module) -> None:
         """The forward alone, as a compiler traces it."""
-        simulate_forward(fake, *self._inputs("none"), self.device)
+        checks = self.checks if self.is_compiled else set()  # an eager step makes its own
+        simulate_forward(fake, *self._inputs("none"), self.device, checks)
 
     def _compiled_step(
         self,
@@ -124,6 +129,7 @@ class Rehearsal:
             timer=self._timer,
             accumulates=self.options.gradient_accumulation > 1,
             tracker=tracker,
+            checks=self.checks,
         )
 
     def _inputs(self, real: Any) -> tuple[Any, Any]:

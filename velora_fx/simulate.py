@@ -6,7 +6,6 @@ import contextlib
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from velora_fx.arguments import named_tensors
 from velora_fx.fake import as_compiled, kernels_of
+from velora_fx.finite import place_in
+from velora_fx.module_state import attached_tensors
 from velora_fx.optimizers import OptimizerFactory
 from velora_fx.scopes import Scopes
 from velora_fx.step_time import StepTimer
@@ -35,11 +36,13 @@ def simulate(
     timer: StepTimer,
     accumulates: bool = False,
     tracker: Tracker,
+    checks: set[str] | None = None,
 ) -> Timeline:
     """Runs forward, loss, backward and optimizer step of a fake model, and returns memory over the step and its time.
 
     The step is one in the middle of training: the optimizer has its state, gradients were set to None before. With
     `accumulates` it is the last of several batches: the gradients of the others are there and are added to.
+    `checks` gets the places in the code that ask whether values are finite, and are told that they are.
     """
     optimizer = make_optimizer(model)
     if optimizer is not None:
@@ -53,7 +56,7 @@ def simulate(
     before = set(tracker.live())
     timer.seconds = 0.0
     scopes = tracker.scopes.on() if tracker.scopes else contextlib.nullcontext()
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), scopes, timer, tracker, kernels_of(device):
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), scopes, timer, tracker, kernels_of(device, checks):
         tracker.mark("forward")
         loss = _checked_loss(_run_forward(lambda: loss_fn(model(*args, **kwargs))))
         tracker.name_loss(loss)
@@ -99,6 +102,8 @@ def _watch_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None
                 tracker.watch(value, "optimizer", f"{key} of {names.get(id(parameter), 'a parameter')}")
     for name, parameter in model.named_parameters():
         tracker.watch(parameter, "parameters", name)
+        for attached in attached_tensors(parameter):
+            tracker.watch(attached, "parameters", name)
     for name, buffer in model.named_buffers():
         tracker.watch(buffer, "buffers", name)
     _watch_gradients(model, tracker)
@@ -111,10 +116,14 @@ def _watch_gradients(model: torch.nn.Module, tracker: Tracker) -> None:
 
 
 def simulate_forward(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    device: torch.device,
+    checks: set[str] | None = None,
 ) -> None:
-    """Runs the forward alone, as a compiler traces it, for what it calls."""
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), kernels_of(device), as_compiled():
+    """Runs the forward alone, as a compiler traces it, for what it calls; `checks` is as for `simulate`."""
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), kernels_of(device, checks), as_compiled():
         _run_forward(lambda: model(*args, **kwargs))
 
 
@@ -143,12 +152,9 @@ def _run_forward(run: Callable[[], Any]) -> Any:
     try:
         return run()
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        own = str(Path(__file__).parent)
-        inside = [f for f in frames if "/torch/" not in f.filename and not f.filename.startswith(own)]
         raise ValueError(
             "planning runs the model without values, and its forward asks for some (a branch on an activation, "
-            f".item(), nonzero): {inside[-1].filename}:{inside[-1].lineno}: {inside[-1].line}"
+            f".item(), nonzero): {place_in(traceback.extract_tb(error.__traceback__))}"
         ) from error
 
 

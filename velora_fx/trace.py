@@ -15,7 +15,7 @@ from velora_fx.cache_filling import tensors_inside
 from velora_fx.capture import fakes_of, isolated, plain_graph_module
 from velora_fx.fake import as_compiled
 from velora_fx.limits import CaptureError, refusals
-from velora_fx.module_state import carriers_of, state_of
+from velora_fx.module_state import attached_to, carriers_of, state_of
 from velora_fx.opaque import BlockCall, replay
 from velora_fx.passes import PREPARE, run
 
@@ -55,11 +55,13 @@ def trace(
 ) -> Trace:
     """Traces a fake model's forward for fake inputs, the calls that have graphs left out.
 
-    What these return are the graph's last inputs. Raises ValueError for a model that cannot be traced as a whole, or
-    that returns something else than tensors, constants and caches.
+    What these return are the graph's last inputs. An `autograd.Function` becomes the operations of its forward. Raises
+    ValueError for a model that cannot be traced as a whole, or that returns something else than tensors, constants and
+    caches.
     """
     leaves, spec = _pytree.tree_flatten((args, kwargs))
     state = {**state_of(model), **carriers_of(model)}
+    attached = {name: attached_to(tensor) for name, tensor in state.items()}
     tensors = tensors_of((args, kwargs))
     result: dict[str, Any] = {}
 
@@ -69,7 +71,9 @@ def trace(
             filled = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
             call_args, call_kwargs = _pytree.tree_unflatten(filled, spec)
             named = dict(zip(state, ts, strict=False))
-            with replay(model, calls, list(given)) as marked, refusals(), as_compiled():
+            for name, tensor in named.items():
+                vars(tensor).update(attached[name])
+            with replay(model, calls, list(given)) as marked, refusals(own_backwards=True), as_compiled():
                 output = torch.func.functional_call(model, named, call_args, call_kwargs)
             result["leaves"], result["structure"] = _pytree.tree_flatten(output)
             held = [tensor for leaf in result["leaves"] if _is_cache(leaf) for tensor in tensors_inside(leaf)]

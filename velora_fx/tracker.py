@@ -69,6 +69,11 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The number of events so far."""
         return len(self.deltas)
 
+    @property
+    def moment(self) -> str:
+        """The moment of the step that runs now."""
+        return self.marks[-1][1] if self.marks else ""
+
     def inside(self, name: str) -> contextlib.AbstractContextManager[None]:
         """The context in which the module of this name runs, for code that stands for a call of it."""
         return self.scopes.inside(name) if self.scopes else contextlib.nullcontext()
@@ -104,7 +109,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return known[0]
 
     def _birth(self, tensor: torch.Tensor, func: Any, args: tuple[Any, ...]) -> Birth:
-        moment = self.marks[-1][1] if self.marks else ""
+        moment = self.moment
         scope = self.scopes.current() if self.scopes and moment in ("forward", "backward") else None
         if not self.places or self.places[-1][1:] != (moment, scope):
             self.places.append((self.now, moment, scope))
