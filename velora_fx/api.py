@@ -11,13 +11,21 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from velora_fx.analysis import analyse
 from velora_fx.arguments import example_call
-from velora_fx.first_forward import STATE, Request
-from velora_fx.installed import Installed, apply, installed_on, load_projections, take_out, wait
+from velora_fx.first_forward import Request
+from velora_fx.installed import (
+    Installed,
+    apply,
+    apply_at_first_forward,
+    installed_on,
+    load_projections,
+    take_out,
+)
 from velora_fx.options import Options, budget_bytes_of, planning_device
 from velora_fx.planning import Planner
 from velora_fx.plans import Plan
 from velora_fx.progress import planning_progress
 from velora_fx.regions import find_regions
+from velora_fx.stand_in import STATE
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -206,7 +214,7 @@ def _apply_or_wait(model: torch.nn.Module, request: Request, example_inputs: Any
             "and are made before the first forward"
         )
     else:
-        wait(model, request)
+        apply_at_first_forward(model, request)
 
 
 def _check_unwrapped(model: torch.nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -25,11 +26,14 @@ class Block:
     end: int
 
 
-def find_recomputable(model: torch.nn.Module, findings: Findings, is_compiled: bool) -> tuple[Block, ...]:
+def find_recomputable(
+    model: torch.nn.Module, findings: Findings, is_compiled: bool, passed_by: Collection[str]
+) -> tuple[Block, ...]:
     """The repeated blocks, in order, that keep something and whose forward does the same when it runs again.
 
     A forward that could not be captured may do anything; one that changes buffers would change them twice. A model in
     which nothing repeats is a block of its own, unless it is compiled: the compiler recomputes what is cheap as it is.
+    `passed_by` is as in `find_blocks`.
     """
     timeline = findings.timeline
     assert timeline is not None
@@ -41,7 +45,7 @@ def find_recomputable(model: torch.nn.Module, findings: Findings, is_compiled: b
         if len(regions) == 1:  # a mask that all blocks keep is not freed by one
             kept.setdefault(next(iter(regions)), []).append(storage)
     blocks = []
-    for name, module in find_blocks(model).items():
+    for name, module in find_blocks(model, passed_by).items():
         graphs = [graph.gm for graph in findings.graphs.get(name, ()) if graph.gm is not None]
         unfit = (
             (is_compiled and module is model)

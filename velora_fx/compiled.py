@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -102,16 +102,17 @@ def compiled_forward(
     observer_of: ObserverOf,
     inside: Inside,
     by_blocks: bool = False,
+    passed_by: Collection[str] = (),
 ) -> CompiledForward:
     """The forward of a fake model for fake inputs as `torch.compile(model)` runs it.
 
     Of many blocks, with the graphs in `graphs` or those of the regions installed on them, all but the first and the
     last are compiled apart, equal ones once; with `by_blocks` each is, so that what a graph keeps belongs to one block.
-    Raises ValueError for a model that cannot be traced as a whole.
+    `passed_by` is as in `find_blocks`. Raises ValueError for a model that cannot be traced as a whole.
     """
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), kernels_of(inductor.device):
-        calls = record(model, args, kwargs, graphs)
-        program = _program(trace(model, args, kwargs, calls), calls, by_blocks)
+        calls = record(model, args, kwargs, graphs, passed_by)
+        program = _program(trace(model, args, kwargs, calls, passed_by), calls, by_blocks)
     return CompiledForward(model, program, inductor, observer_of, inside)
 
 

@@ -111,10 +111,11 @@ def _watch_gradients(model: torch.nn.Module, tracker: Tracker) -> None:
 
 
 def simulate_forward(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device, is_traced: bool = True
 ) -> None:
-    """Runs the forward alone, as a compiler traces it, for what it calls."""
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), kernels_of(device), as_compiled():
+    """Runs the forward alone, for what it calls; `is_traced` as a compiler traces it."""
+    way = as_compiled() if is_traced else contextlib.nullcontext()
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), kernels_of(device), way:
         _run_forward(lambda: model(*args, **kwargs))
 
 
