@@ -25,6 +25,7 @@ from velora_fx.rehearsal import Rehearsal
 from velora_fx.stand_in import uninstall
 from velora_fx.timeline import Peak, Timeline
 from velora_fx.tracker import Tracker
+from velora_fx.wrapped import check_unwrapped
 
 Sizes = Mapping[tuple[str, str], int]
 
@@ -100,6 +101,7 @@ def analyse(
             "the model has no trainable matrix product, so there is nothing to compress: "
             "check requires_grad of its parameters"
         )
+    check_unwrapped(model, options.is_factored)  # it may have been wrapped since it was optimised
     optimizer_factory(options.optimizer, model, device)  # refuses what cannot be planned for
     rehearsal = Rehearsal(model, args, kwargs, options, device)
     findings = _findings(rehearsal, progress)

@@ -82,7 +82,7 @@ def apply(model: torch.nn.Module, request: Request, args: tuple[Any, ...], kwarg
     installed = Installed(made, regions, checkpointed)
     setattr(model, STATE, installed)
     watch = _watch(model, made)
-    if options.measure or (made.device == "cuda" and torch.cuda.is_available()):
+    if options.measure:
         installed.measurement = Measurement(model, made.planned, made.device, watch.seen, installed.take)
 
 
