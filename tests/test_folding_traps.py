@@ -220,7 +220,7 @@ def test_a_model_inside_of_ddp_is_refused_before_anything_changes():
     model = nn.Sequential(OfUsers())
     plan = tightest(OfUsers(), (torch.randn(8, 16),), gradients="factored")
     model.append(wrapped)
-    with pytest.raises(ValueError, match="factored gradients come before DDP and FSDP, and 1 is wrapped already"):
+    with pytest.raises(ValueError, match="velora_fx comes before DDP, FSDP and DTensor, and 1 is wrapped already"):
         velora_fx.optimize(model, plan=plan, example_inputs=(torch.randn(8, 16),))
     assert not carriers_of(model)
 

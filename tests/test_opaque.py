@@ -47,7 +47,7 @@ def faked(model: nn.Module) -> tuple[nn.Module, Tensor, dict[str, Any]]:
     def traced(fake: nn.Module) -> None:
         simulate_forward(fake, *fake_copy(((rows(),), {}), mode, device, real="none"), device)
 
-    findings = probe(fake_copy(model, mode, device, "none"), None, traced, Tracker(), lambda text: None, [])
+    findings = probe(fake_copy(model, mode, device, "none"), None, traced, Tracker(), lambda text: None)
     return fake_copy(model, mode, device, "none"), fake_copy(rows(), mode, device, "none"), dict(findings.graphs)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,11 +22,12 @@ from velora_fx.overhead import with_overhead
 from velora_fx.plans import Input, Skipped
 from velora_fx.probe import Findings, Use, probe
 from velora_fx.region import CHECKPOINTED
-from velora_fx.regions import child_regions, find_blocks, find_regions
+from velora_fx.regions import child_regions, find_blocks, find_regions, has_trainable_matrix
 from velora_fx.rehearsal import Rehearsal
 from velora_fx.stand_in import uninstall
 from velora_fx.timeline import Peak, Timeline
 from velora_fx.tracker import Tracker
+from velora_fx.wrapped import check_unwrapped
 
 Sizes = Mapping[tuple[str, str], int]
 MOST_CONFIRMED = 24  # calls of blocks: a larger graph takes a compiler minutes
@@ -110,6 +111,7 @@ def analyse(
             "the model has no trainable matrix product, so there is nothing to compress: "
             "check requires_grad of its parameters"
         )
+    check_unwrapped(model, options.is_factored)  # it may have been wrapped since it was optimised
     optimizer_factory(options.optimizer, model, device)  # refuses what cannot be planned for
     rehearsal = Rehearsal(model, args, kwargs, options, device)
     findings = _findings(rehearsal, progress)
@@ -137,14 +139,14 @@ def analyse(
         findings=findings,
         candidates=candidates,
         sharing=sharing,
-        blocks=find_recomputable(model, findings, rehearsal.is_compiled),
-        skipped=skipped + _without_products(rehearsal.fake_model(), findings),
+        blocks=find_recomputable(model, findings, rehearsal.is_compiled, rehearsal.passed_by),
+        skipped=skipped + _without_products(rehearsal.fake_model(), findings, rehearsal.passed_by),
         baseline=with_overhead(untouched.peak, device),
         untouched=untouched,
         inputs=_inputs(model, args, kwargs),
         device=device,
         notes=_notes(rehearsal, findings),
-        num_block_calls=sum(findings.calls.get(name, 0) for name in find_blocks(model)),
+        num_block_calls=sum(findings.calls.get(name, 0) for name in find_blocks(model, rehearsal.passed_by)),
         is_compiled=rehearsal.is_compiled,
         is_factored=options.is_factored,
         simulate=_simulator(rehearsal, findings, (*candidates, *sharing), progress),
@@ -177,13 +179,28 @@ def _simulator(
 
 def _findings(rehearsal: Rehearsal, progress: Callable[[str], None]) -> Findings:
     """The products, saved tensors and graphs of a trial step."""
-    fake, replaced = rehearsal.fake_model(), rehearsal.replaced
+    fake = rehearsal.fake_model()
     if not rehearsal.is_compiled:
-        return probe(fake, rehearsal.eager_step, rehearsal.forward, Tracker(), progress, replaced)
-    findings = probe(fake, None, rehearsal.forward, Tracker(), progress, replaced)
+        run_step, traced = rehearsal.eager_step, rehearsal.traced_forward
+        return _called(rehearsal, probe(fake, run_step, traced, Tracker(), progress, rehearsal.passed_by))
+    findings = _called(rehearsal, probe(fake, None, rehearsal.traced_forward, Tracker(), progress, rehearsal.passed_by))
     kept = KeptTensors(findings, Tracker())
     timeline = rehearsal.observed_step(rehearsal.fake_model(), findings.graphs, kept.tracker, kept.observer_of)
     return replace(findings, savings=tuple(kept.savings), last_uses=kept.last_uses, timeline=timeline)
+
+
+def _called(rehearsal: Rehearsal, findings: Findings) -> Findings:
+    """The findings; ValueError if none of the model's regions is called: then nothing is known of it."""
+    if any(findings.calls.values()):
+        return findings
+    names = ", ".join(list(findings.calls)[:3])
+    forward = vars(rehearsal.model).get("forward")
+    replaced = f", in whose place is {getattr(forward, '__qualname__', forward)}," if forward is not None else ""
+    raise ValueError(
+        f"the forward of {type(rehearsal.model).__name__}{replaced} calls none of its modules that have weights to "
+        f"train by a matrix product ({names}{', ...' if len(findings.calls) > 3 else ''}): pass example_inputs that "
+        "make it call them, and leave a forward in place that calls the modules of the model that it is an attribute of"
+    )
 
 
 def _simulate(
@@ -228,8 +245,6 @@ def _notes(rehearsal: Rehearsal, findings: Findings) -> tuple[str, ...]:
         notes.append(f"where the model asks whether values are finite, they are taken to be{broken}: {places}")
     if rehearsal.device.type == "cpu" and any(isinstance(m, torch.nn.LSTM) for m in rehearsal.model.modules()):
         notes.append("what the kernel of an LSTM layer takes while it runs is not known, and not counted")
-    if "" in rehearsal.replaced:
-        notes.append("the model's forward was replaced by a function; the plan is for the forward of its class")
     return tuple(notes)
 
 
@@ -251,11 +266,17 @@ def exclusion(
     return None
 
 
-def _without_products(model: torch.nn.Module, findings: Findings) -> tuple[Skipped, ...]:
-    """The regions of which nothing is known: not called, or not captured and without parts to try instead."""
+def _without_products(model: torch.nn.Module, findings: Findings, passed_by: Collection[str]) -> tuple[Skipped, ...]:
+    """The modules of whose own matrices nothing is known: not called, or not captured and without parts to try."""
     skipped = [Skipped(name, "it was not called by the example inputs") for name, n in findings.calls.items() if not n]
+    skipped += [
+        Skipped(name, "its forward is not called, while its parts are")
+        for name in sorted(passed_by)
+        if has_trainable_matrix(model.get_submodule(name), recurse=False)
+    ]
     for name, reason in findings.failures.items():
-        if not child_regions(model.get_submodule(name), name):
+        module = model.get_submodule(name)
+        if has_trainable_matrix(module, recurse=False) or not child_regions(module, name):
             skipped.append(Skipped(name, f"it could not be captured: {reason}"))
     parametrized = [
         name for name, module in model.named_modules() if torch.nn.utils.parametrize.is_parametrized(module)

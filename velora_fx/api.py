@@ -7,17 +7,25 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from velora_fx.analysis import analyse
 from velora_fx.arguments import example_call
-from velora_fx.first_forward import STATE, Request
-from velora_fx.installed import Installed, apply, installed_on, load_projections, take_out, wait
+from velora_fx.first_forward import Request
+from velora_fx.installed import (
+    Installed,
+    apply,
+    apply_at_first_forward,
+    installed_on,
+    load_projections,
+    take_out,
+)
 from velora_fx.options import Options, budget_bytes_of, planning_device
 from velora_fx.planning import Planner
 from velora_fx.plans import Plan
 from velora_fx.progress import planning_progress
 from velora_fx.regions import find_regions
+from velora_fx.stand_in import STATE
+from velora_fx.wrapped import check_unwrapped
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -29,7 +37,7 @@ def optimize(
     *,
     plan: Plan | None = None,
     optimizer: Any = "adamw",
-    target: str = "eager",
+    target: str | None = None,
     gradients: str = "dense",
     projection: str = "signs",
     sub_token_sizes: Sequence[int] | None = None,
@@ -58,7 +66,8 @@ def optimize(
             `torch.compile(fullgraph=True)` has to wait until then.
         plan: a plan to apply instead of a budget, as `plan` or `BudgetError.plan` gives it.
         optimizer: "adamw", "sgd", "none", an optimizer class, or an optimizer made from the model's parameters.
-        target: how the step will run: "eager", or "inductor" for `torch.compile(model)`.
+        target: how the step will run: "eager", or "inductor" for `torch.compile(model)`; by default that of `plan`, or
+            "eager".
         gradients: "dense", the ordinary `.grad` of each weight; or "factored": a compressed weight is frozen, and a
             parameter M times smaller beside it, `<weight name>_carrier`, has its gradient dYᵀz, optimizer state and
             share of the all-reduce. After each step the weight takes what the optimizer has made of it: exactly the
@@ -83,10 +92,10 @@ def optimize(
             that may be compressed; 5 allows sub-tokens of 32 for every one, or larger ones for some.
         device: what is planned for, "cpu" or "cuda"; by default the model's device.
         seed: seed of the projections.
-        measure: measure the real peak on CPU too, by PyTorch's profiler: do not start another one in that step. On
-            CUDA it is always measured. It is done once, from the end of the first optimizer step (on CUDA with
-            `torch.cuda.reset_peak_memory_stats`) to the end of the second; then `plan_of(model).measured` holds it, and
-            a warning tells of a plan that is off by more than 5%.
+        measure: measure the real peak, once, from the end of the first optimizer step to the end of the second: on
+            CUDA by the allocator's statistics, with `torch.cuda.reset_peak_memory_stats`; on CPU by PyTorch's profiler:
+            do not start another one in that step. Then `plan_of(model).measured` holds it, and a warning tells of a
+            plan that is off by more than 5%.
 
     Raises:
         ValueError: bad arguments, or a model without a trainable matrix product.
@@ -95,7 +104,7 @@ def optimize(
         Whatever the model's own forward raises on the example inputs. The model is then as it was.
     """
     options = Options(
-        optimizer=optimizer, target=target, gradients=gradients, projection=projection,
+        optimizer=optimizer, target=_target_of(target, plan), gradients=gradients, projection=projection,
         sub_token_sizes=sub_token_sizes, filter_fn=filter_fn, loss_fn=loss_fn, device=device, seed=seed,
         gradient_accumulation=gradient_accumulation, exact_only=exact_only, recompute=recompute,
         objective=objective, max_approximation=max_approximation,
@@ -139,6 +148,7 @@ def plan(
     where = planning_device(model, options)
     budget_bytes = None if budget_gb is None else budget_bytes_of(budget_gb, where)
     _check_model(model)
+    check_unwrapped(model, options.is_factored)
     args, kwargs = _checked_call(model, example_inputs)
     with planning_progress() as progress:
         analysis = analyse(model, args, kwargs, options, where, progress)
@@ -196,8 +206,7 @@ def load_state_dict(model: Model, state: Mapping[str, Any], example_inputs: Any 
 
 def _apply_or_wait(model: torch.nn.Module, request: Request, example_inputs: Any) -> None:
     is_factored = request.options.is_factored or (request.plan is not None and request.plan.is_factored)
-    if is_factored:
-        _check_unwrapped(model)
+    check_unwrapped(model, is_factored)
     if example_inputs is not None:
         apply(model, request, *_checked_call(model, example_inputs))
     elif is_factored:
@@ -206,18 +215,15 @@ def _apply_or_wait(model: torch.nn.Module, request: Request, example_inputs: Any
             "and are made before the first forward"
         )
     else:
-        wait(model, request)
+        apply_at_first_forward(model, request)
 
 
-def _check_unwrapped(model: torch.nn.Module) -> None:
-    """Refuses a model whose gradients someone has arranged to reduce before there are carriers."""
-    for name, module in model.named_modules():
-        is_sharded = any(is_traceable_wrapper_subclass(p) for p in module.parameters(recurse=False))
-        if is_sharded or isinstance(module, torch.nn.parallel.DistributedDataParallel):
-            raise ValueError(
-                f"factored gradients come before DDP and FSDP, and {name or 'the model'} is wrapped already: call "
-                "velora_fx.optimize on the plain model first"
-            )
+def _target_of(target: str | None, plan: Plan | None) -> str:
+    """The target that is asked for, by default that of the plan; ValueError where they differ."""
+    own = plan.target if isinstance(plan, Plan) else None
+    if target is not None and own is not None and target != own:
+        raise ValueError(f"the plan is for target={own!r}, got target={target!r}: leave it out, or make another plan")
+    return target or own or "eager"
 
 
 def _what_is_installed(plan: Plan) -> tuple[Any, ...]:

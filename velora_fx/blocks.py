@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -27,13 +28,15 @@ class Block:
     levels: tuple[Recompute, ...] = LEVELS
 
 
-def find_recomputable(model: torch.nn.Module, findings: Findings, is_compiled: bool) -> tuple[Block, ...]:
+def find_recomputable(
+    model: torch.nn.Module, findings: Findings, is_compiled: bool, passed_by: Collection[str]
+) -> tuple[Block, ...]:
     """The repeated blocks, in order, that keep something and whose forward does the same when it runs again.
 
     A forward that could not be captured may do anything; one that changes buffers would change them twice, and one
     whose inputs are written in place would start from others. Where results of matrix products are written in place,
     they cannot be what is kept: the block is recomputed whole, or not. A model in which nothing repeats is a block of
-    its own, unless it is compiled: the compiler recomputes what is cheap as it is.
+    its own, unless it is compiled: the compiler recomputes what is cheap as it is. `passed_by` is as in `find_blocks`.
     """
     timeline = findings.timeline
     assert timeline is not None
@@ -46,7 +49,7 @@ def find_recomputable(model: torch.nn.Module, findings: Findings, is_compiled: b
             kept.setdefault(next(iter(regions)), []).append(storage)
     recomputed = {use.region for use in findings.uses.values() if use.is_recomputed}
     blocks = []
-    for name, module in find_blocks(model).items():
+    for name, module in find_blocks(model, passed_by).items():
         graphs = [graph.gm for graph in findings.graphs.get(name, ()) if graph.gm is not None]
         unfit = (
             (is_compiled and module is model)

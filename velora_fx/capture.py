@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -105,6 +105,12 @@ def capture(
         constants.append(None if isinstance(leaf, (torch.Tensor, torch.SymInt)) else leaf)
     output_slots = [i for i, leaf in enumerate(result["leaves"]) if isinstance(leaf, (torch.Tensor, torch.SymInt))]
     gm = plain_graph_module(program, names)
+    if any(
+        isinstance(held, (torch.nn.Parameter, FakeTensor)) for held in [*program.constants.values(), *gm.parameters()]
+    ):
+        raise CaptureError(
+            "its forward takes a parameter from elsewhere than its module, which a graph would not follow"
+        )
     guards = _guards(program, gm, len(state))
     return Captured(
         gm, result["outputs"], tuple(constants), tuple(output_slots), guards, frozenset(reads), forward_only.checkpoint

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -103,16 +103,17 @@ def compiled_forward(
     observer_of: ObserverOf,
     inside: Inside,
     apart: Apart,
+    passed_by: Collection[str] = (),
 ) -> CompiledForward:
     """The forward of a fake model for fake inputs as `torch.compile(model)` runs it.
 
     `apart` picks the calls of blocks, with the graphs in `graphs` or those of the regions installed on them, that are
-    compiled each by itself, equal ones once: as exact as it gets with none, the sooner the more there are.
-    Raises ValueError for a model that cannot be traced as a whole.
+    compiled each by itself, equal ones once: as exact as it gets with none, the sooner the more there are. `passed_by`
+    is as in `find_blocks`. Raises ValueError for a model that cannot be traced as a whole.
     """
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), kernels_of(inductor.device):
-        calls = record(model, args, kwargs, graphs)
-        program = _program(trace(model, args, kwargs, calls), calls, apart(calls))
+        calls = record(model, args, kwargs, graphs, passed_by)
+        program = _program(trace(model, args, kwargs, calls, passed_by), calls, apart(calls))
     return CompiledForward(model, program, inductor, observer_of, inside)
 
 

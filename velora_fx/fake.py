@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from velora_fx.finite import FiniteValues
 from velora_fx.module_state import own_attributes
 from velora_fx.ops import compress_blocks
+from velora_fx.rebind import rebind_functions
 from velora_fx.storages import as_on_cpu
 
 Value = TypeVar("Value")
@@ -67,7 +68,8 @@ def fake_tensor(
 def fake_copy(value: Value, mode: FakeTensorMode, device: torch.device | None = None, real: Real = "integers") -> Value:
     """Deep copy of a module, or of nested call arguments, with `fake_tensor` of every tensor; ties stay ties.
 
-    Raises ValueError for what Python cannot copy.
+    Functions that are attributes of a module call the copies of the modules that they call. Raises ValueError for what
+    Python cannot copy.
     """
     memo: dict[int, Any] = {}
     kept: list[torch.Tensor] = []
@@ -76,7 +78,10 @@ def fake_copy(value: Value, mode: FakeTensorMode, device: torch.device | None = 
             memo[id(tensor)] = fake_tensor(tensor, mode, device, real)
             kept.append(tensor)
     try:
-        return copy.deepcopy(value, memo)
+        copied = copy.deepcopy(value, memo)
+        if isinstance(value, torch.nn.Module):
+            rebind_functions(value, memo)
+        return copied
     except Exception as error:
         raise ValueError(
             f"planning works on a copy of the model and its inputs, and they cannot be copied: {error}"

@@ -105,9 +105,9 @@ def _compile(gm: GraphModule, inputs: Sequence[torch.Tensor], timer: StepTimer, 
         kernels: list[int] = []
         with without_kernels(), config.patch(_post_fusion_custom_pass=partial(_note_kernels, kernels)):
             code: Any = compile_fx_inner(graph, example_inputs, **options)
-        is_plain = not hasattr(code, "current_callable")  # a graph without operations: it returns what it is given
-        generated = code if is_plain else _generated(code.current_callable)
-        if not is_plain:
+        has_code = hasattr(code, "current_callable")  # none is written for a graph that computes nothing
+        generated = _generated(code.current_callable) if has_code else code
+        if has_code:
             _allocate_fakes(generated, mode)
 
         def run(arguments: list[Any]) -> Any:
@@ -122,11 +122,11 @@ def _compile(gm: GraphModule, inputs: Sequence[torch.Tensor], timer: StepTimer, 
             return outputs
 
         is_forward = not (options.get("is_backward") or options.get("is_inference"))
-        chosen = observed if is_forward else run
-        if is_plain:
-            chosen._boxed_call = True  # type: ignore[attr-defined]
-            return chosen
-        code.current_callable = chosen
+        way: Any = observed if is_forward else run
+        if not has_code:
+            way._boxed_call = True
+            return way
+        code.current_callable = way
         return code
 
     # Both graphs are compiled now: the backward's tells what is kept for which gradient.

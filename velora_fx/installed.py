@@ -16,7 +16,7 @@ from velora_fx.candidates import LARGEST_SUB_TOKEN
 from velora_fx.capture_ahead import CaptureAhead
 from velora_fx.carriers import put_back, remove_carriers
 from velora_fx.checkpointing import Checkpointed, install_checkpointing
-from velora_fx.first_forward import STATE, FirstForward, Request
+from velora_fx.first_forward import FirstForward, Request, wait
 from velora_fx.installing import install
 from velora_fx.measured_report import mismatch_text
 from velora_fx.measuring import Measurement
@@ -25,7 +25,7 @@ from velora_fx.plans import Plan
 from velora_fx.progress import planning_progress
 from velora_fx.projection import without_wrappers
 from velora_fx.region import Region
-from velora_fx.stand_in import StandIn, uninstall
+from velora_fx.stand_in import STATE, StandIn, uninstall
 from velora_fx.timeline import Measured
 
 
@@ -37,6 +37,11 @@ class Installed:
     regions: list[Region]
     checkpointed: list[Checkpointed]
     measurement: Measurement | None = None
+
+    @property
+    def stand_ins(self) -> list[StandIn]:
+        """What stands in for forwards: the regions and the checkpointed blocks."""
+        return [*self.regions, *self.checkpointed]
 
     def take(self, measured: Measured) -> None:
         """Puts a real step into the plan, and warns of a plan that is far from it."""
@@ -78,7 +83,7 @@ def apply(model: torch.nn.Module, request: Request, args: tuple[Any, ...], kwarg
     installed = Installed(made, regions, checkpointed)
     setattr(model, STATE, installed)
     watch = _watch(model, installed)
-    if options.measure or (made.device == "cuda" and torch.cuda.is_available()):
+    if options.measure:
         installed.measurement = Measurement(model, made.planned, made.device, watch.seen, installed.take)
 
 
@@ -87,7 +92,7 @@ def _put_back(
 ) -> None:
     """The inverse of `take_out`."""
     put_back(model, carriers)
-    for stand_in in _stand_ins(before):
+    for stand_in in before.stand_ins if before is not None else ():
         stand_in.install()
     if before is not None:
         setattr(model, STATE, before)
@@ -114,38 +119,26 @@ def _watch(model: torch.nn.Module, installed: Installed) -> BatchWatch:
     return watch_batches(model, {item.name: item.shape for item in installed.plan.inputs})
 
 
-def wait(model: torch.nn.Module, request: Request) -> None:
+def apply_at_first_forward(model: torch.nn.Module, request: Request) -> None:
     """Has the model planned for, as requested, at its first training forward."""
     take_out(model)
-    first = FirstForward(model, request, apply)
-    first.install()
-    setattr(model, STATE, first)
+    wait(model, request, apply)
 
 
 def take_out(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Gives every module its own forward back, also those of optimised models that are parts of this one, and its
     weights their gradients; returns the carriers that stood for those."""
-    forwards = [vars(module).get("forward") for module in model.modules()]
+    taken = uninstall(model)
     for module in model.modules():
         state = vars(module).pop(STATE, None)
         if isinstance(state, Installed) and state.measurement is not None:
             state.measurement.cancel()
-        forwards += _stand_ins(state)
-        for stand_in in _stand_ins(state):
-            stand_in.remove()  # also where a wrapper took its place
-    foldings = {f.folding for f in forwards if isinstance(f, Region) and f.folding is not None}
-    uninstall(model)
+    foldings = {s.folding for s in taken if isinstance(s, Region) and s.folding is not None}
     unwatch(model)
     carriers = remove_carriers(model)
     for folding in foldings:
         folding.retire(carriers.values())
     return carriers
-
-
-def _stand_ins(state: Installed | FirstForward | None) -> list[StandIn]:
-    if isinstance(state, Installed):
-        return [*state.regions, *state.checkpointed]
-    return [] if state is None else [state]
 
 
 def load_projections(regions: Sequence[Region], projections: Mapping[str, torch.Tensor]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -43,10 +43,14 @@ class BlockCall:
 
 
 def record(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], graphs: Mapping[str, Sequence[RegionGraph]]
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    graphs: Mapping[str, Sequence[RegionGraph]],
+    passed_by: Collection[str] = (),
 ) -> list[BlockCall]:
     """Runs a fake model's forward and returns the calls of its blocks, with their graphs in `graphs` or, where regions
-    are installed, those of the regions."""
+    are installed, those of the regions. `passed_by` is as in `find_blocks`."""
     names = {id(tensor): name for name, tensor in {**state_of(model), **carriers_of(model)}.items()}
     calls: list[BlockCall] = []
     block_graphs = BlockGraphs(graphs)
@@ -65,7 +69,7 @@ def record(
         calls.append(BlockCall(name, found.graph, found.gm, state, carriers, found.projections, *returned))
         return found.graph.result(outputs[:num_results])
 
-    with inlined_checkpoints() as checkpoints, instead_of_blocks(model, recorded), as_compiled():
+    with inlined_checkpoints() as checkpoints, instead_of_blocks(model, passed_by, recorded), as_compiled():
         model(*args, **kwargs)
     return calls
 
@@ -94,7 +98,10 @@ def all_calls(calls: Sequence[BlockCall]) -> frozenset[int]:
 
 @contextlib.contextmanager
 def replay(
-    model: torch.nn.Module, calls: Sequence[BlockCall], outputs: Sequence[torch.Tensor]
+    model: torch.nn.Module,
+    calls: Sequence[BlockCall],
+    outputs: Sequence[torch.Tensor],
+    passed_by: Collection[str] = (),
 ) -> Iterator[list[torch.Tensor]]:
     """Has the calls that have graphs return `outputs`, in order; yields the aliases of the tensors they are given.
 
@@ -124,14 +131,16 @@ def replay(
         outputs = list(islice(returned, len(call.outputs)))
         return call.graph.result(tuple(outputs[: len(outputs) - call.num_cached]))
 
-    with inlined_checkpoints(check) as checkpoints, instead_of_blocks(model, replayed):
+    with inlined_checkpoints(check) as checkpoints, instead_of_blocks(model, passed_by, replayed):
         yield marked
 
 
 @contextlib.contextmanager
-def instead_of_blocks(model: torch.nn.Module, stand_in: Callable[..., Any]) -> Iterator[None]:
+def instead_of_blocks(
+    model: torch.nn.Module, passed_by: Collection[str], stand_in: Callable[..., Any]
+) -> Iterator[None]:
     """Calls `stand_in(name, block, forward, args, kwargs)` for each call of a block; none where nothing repeats."""
-    blocks = {name: block for name, block in find_blocks(model).items() if block is not model}
+    blocks = {name: block for name, block in find_blocks(model, passed_by).items() if block is not model}
     before: dict[str, Any] = {name: vars(block).get("forward") for name, block in blocks.items()}
     try:
         for name, block in blocks.items():

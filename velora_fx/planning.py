@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
+
 from velora_fx.analysis import Actions, Analysis
 from velora_fx.candidates import Candidate, common_width, weight_names
 from velora_fx.checkpointing import Recompute
@@ -111,7 +113,8 @@ def actions_of(plan: Plan, analysis: Analysis) -> Actions:
             reasons = [f" ({s.reason})" for s in analysis.skipped if s.module in decision.consumers]
             raise ValueError(
                 f"the plan compresses the input of {', '.join(decision.consumers)}, which this model does not save "
-                f"for its weights alone{''.join(reasons[:1])}: make the plan with this model and these inputs"
+                f"for its weights alone{''.join(reasons[:1])}{_apart(decision, analysis)}: make the plan with "
+                "this model and these inputs"
             )
         assert decision.sub_token_size is not None
         if candidate.savings[0].shape[-1] != decision.shape[-1]:
@@ -127,6 +130,21 @@ def actions_of(plan: Plan, analysis: Analysis) -> Actions:
             )
         sizes[candidate.key] = decision.sub_token_size
     return Actions(sizes, recomputed)
+
+
+def _apart(decision: Decision, analysis: Analysis) -> str:
+    """How the input is kept here where that is only for some of the plan's linears, or for more: autocast does that."""
+    names = set(_names(decision.consumers))
+    here = [candidate.consumers for candidate in analysis.compressible if names & set(_names(candidate.consumers))]
+    if not here:
+        return ""
+    is_on = torch.is_autocast_enabled(analysis.device.type)
+    inputs = ", one of ".join(" and ".join(consumers) for consumers in here)
+    return (
+        f"; here there is an input of {inputs}, and autocast is "
+        f"{'on' if is_on else 'off'}: under autocast each linear keeps a cast of its own, so plan under the autocast "
+        "that you train with"
+    )
 
 
 def _names(consumers: Sequence[str]) -> tuple[str, ...]:
@@ -215,7 +233,7 @@ def _decision(
 
 def _notes(search: Search, actions: Actions, plan: Plan) -> list[str]:
     analysis = search.analysis
-    notes = [*analysis.notes, *_regional_note(analysis, actions, plan)]
+    notes = [*analysis.notes, *_regional_note(analysis, actions, plan), *_output_notes(analysis, plan)]
     if plan.planned.moment == "optimizer step":
         others = "" if plan.is_factored else "gradients='factored', "
         notes.append(
@@ -274,6 +292,28 @@ def _regional_note(analysis: Analysis, actions: Actions, plan: Plan) -> list[str
         f"all figures are for torch.compile(model); with each block compiled by itself (block.compile()) the peak is "
         f"{in_units(peak_bytes)}{', over the budget' if is_over else ''}"
     ]
+
+
+def _output_notes(analysis: Analysis, plan: Plan) -> list[str]:
+    """What is assumed of the model's output, where another use of it makes a difference."""
+    notes = []
+    timeline = plan.planned.timeline or analysis.untouched
+    more = timeline.peak_bytes_with_output - timeline.peak.peak_bytes
+    if more > SAME * plan.planned.peak_bytes:
+        peak_bytes = plan.planned.peak_bytes + more
+        is_over = plan.budget_bytes is not None and plan.planned.peak_bytes <= plan.budget_bytes < peak_bytes
+        notes.append(
+            "the model's output is taken to be let go once the loss is made, as in model(**batch).loss.backward(); in "
+            f"a loop that keeps it (out = model(**batch)) the peak is {in_units(peak_bytes)}"
+            f"{', over the budget' if is_over else ''}"
+        )
+    if analysis.untouched.returned.float32_bytes:
+        size = in_units(analysis.untouched.returned.float32_bytes)
+        notes.append(
+            "the loss is a stand-in, the mean square of the model's output; a cross-entropy may hold that output in "
+            f"float32 more than once, each time {size}: pass loss_fn, or example_inputs with labels"
+        )
+    return notes
 
 
 def _unreachable(plan: Plan) -> str:

@@ -20,8 +20,6 @@ from velora_fx.regions import child_regions, find_regions
 from velora_fx.timeline import Timeline
 from velora_fx.tracker import Tracker
 
-REPLACED = "its forward was replaced by a function, of which planning can make no copy"
-
 
 @dataclass(frozen=True)
 class Use:
@@ -67,13 +65,13 @@ def probe(
     run_traced: Callable[[torch.nn.Module], None],
     tracker: Tracker,
     progress: Callable[[str], None],
-    replaced: Collection[str],
+    passed_by: Collection[str] = (),
 ) -> Findings:
     """Runs `run_step(model, tracker)` with every region captured; a region that fails is tried again by its parts.
 
     `run_traced(model)` runs the forward once more as a compiler traces it, without values: it makes masks that a step
-    leaves out, and the graphs of such calls are added. Without `run_step` it is all that is run. `replaced` names the
-    modules whose real forward is not the one of this copy: they are no regions.
+    leaves out, and the graphs of such calls are added. Without `run_step` it is all that is run. `passed_by` is as
+    in `find_regions`.
     """
     findings = Findings(overwrites=Overwrites(model.parameters()))
     saved = SavedTensors(tracker)
@@ -85,12 +83,9 @@ def probe(
     def observe(name: str, block: torch.nn.Module) -> None:
         forward = vars(block).get("forward")
         if not isinstance(forward, _Probe):
-            is_replaced = any(other == name or other.startswith(f"{name}.") for other in replaced)
-            block.forward = _Probe(
-                name, block, forward, is_replaced, findings, saved, names, opened, library, observe, progress
-            )
+            block.forward = _Probe(name, block, forward, findings, saved, names, opened, library, observe, progress)
 
-    for name, block in find_regions(model).items():
+    for name, block in find_regions(model, passed_by).items():
         findings.calls[name] = 0
         observe(name, block)
     if run_step is None:
@@ -113,7 +108,6 @@ class _Probe:
     name: str
     block: torch.nn.Module
     forward: Callable[..., Any] | None
-    is_replaced: bool
     findings: Findings
     saved: SavedTensors
     names: Mapping[int, str]
@@ -136,7 +130,7 @@ class _Probe:
         given, passed = [*args, *kwargs.values()], [*call.args, *call.kwargs.values()]
         self.findings.empty_caches |= any(a is not b for a, b in zip(given, passed, strict=True))
         key = key_of(call)
-        reason = REPLACED if self.is_replaced else hooks_in(self.block)
+        reason = hooks_in(self.block)
         if reason is not None:
             return RegionGraph(key, (), None, reason)
         graph = find_graph(self.library, call, key, exact=True)

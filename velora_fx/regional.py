@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,14 +17,19 @@ from velora_fx.regions import find_blocks
 Held = WeakKeyDictionary[Any, list[torch.Tensor]]  # by the cache that it is in, as long as that lives
 
 
-def compile_blocks(model: torch.nn.Module, graphs: Mapping[str, Sequence[RegionGraph]], inductor: Inductor) -> None:
+def compile_blocks(
+    model: torch.nn.Module,
+    graphs: Mapping[str, Sequence[RegionGraph]],
+    inductor: Inductor,
+    passed_by: Collection[str] = (),
+) -> None:
     """Has the blocks of a fake model run as they do after `block.compile()`, for good.
 
     Where nothing repeats the model stays as it is. `graphs` are those of the untouched blocks by name; a block that no
-    graph can be made for runs eagerly.
+    graph can be made for runs eagerly. `passed_by` is as in `find_blocks`.
     """
     block_graphs, held = BlockGraphs(graphs), Held()
-    for name, block in find_blocks(model).items():
+    for name, block in find_blocks(model, passed_by).items():
         if block is not model:
             block.forward = _CompiledBlock(name, block, block.forward, block_graphs, inductor, held)
 

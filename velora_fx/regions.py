@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from torch import nn
 
-CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+LISTS = (nn.ModuleList, nn.ModuleDict)  # which have no forward
+CONTAINERS = (*LISTS, nn.Sequential)
 
 
-def find_regions(model: nn.Module) -> dict[str, nn.Module]:
+def find_regions(model: nn.Module, passed_by: Collection[str] = ()) -> dict[str, nn.Module]:
     """Picks the modules to capture, by dotted name, in model order; the model itself has the name "".
 
     Regions are the repeated blocks, and outside of them the smallest modules that own a trainable matrix; the whole
-    model where nothing repeats. A module without a trainable matrix is never a region.
+    model where nothing repeats. A module without a trainable matrix is never a region. Modules whose forward is
+    `passed_by` while their parts are called are none either: their parts are.
     """
-    blocks = dict(_blocks(model, ""))
+    blocks = dict(_blocks(model, "", passed_by))
     if not blocks:
         return {"": model} if has_trainable_matrix(model) else {}
-    regions = {**blocks, **dict(_owners(model, "", set(blocks)))}
+    regions = {**blocks, **dict(_owners(model, "", set(blocks), passed_by))}
     order = {name: position for position, (name, _) in enumerate(model.named_modules())}
     return dict(sorted(regions.items(), key=lambda item: order[item[0]]))
 
 
-def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The repeated blocks by dotted name; the model itself where nothing repeats."""
-    return dict(_blocks(model, "")) or {"": model}
+def find_blocks(model: nn.Module, passed_by: Collection[str] = ()) -> dict[str, nn.Module]:
+    """The repeated blocks by dotted name, as `find_regions` has them; the model itself where nothing repeats."""
+    return dict(_blocks(model, "", passed_by)) or {"": model}
 
 
 def has_trainable_matrix(module: nn.Module, recurse: bool = True) -> bool:
@@ -52,16 +54,24 @@ def child_regions(module: nn.Module, name: str) -> dict[str, nn.Module]:
     return regions
 
 
-def _blocks(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+def _blocks(module: nn.Module, name: str, passed_by: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
     for child_name, child in module.named_children():
         full = f"{name}.{child_name}" if name else child_name
         items = list(child.children())
         if isinstance(child, CONTAINERS) and items and _is_repeated(items):
             for item_name, item in child.named_children():
-                if has_trainable_matrix(item):
-                    yield f"{full}.{item_name}", item
+                yield from _called(item, f"{full}.{item_name}", passed_by)
         else:
-            yield from _blocks(child, full)
+            yield from _blocks(child, full, passed_by)
+
+
+def _called(item: nn.Module, name: str, passed_by: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
+    """An item of a list of blocks or, where its forward is not what is called, its parts."""
+    if isinstance(item, LISTS) or name in passed_by:
+        for child_name, child in item.named_children():
+            yield from _called(child, f"{name}.{child_name}", passed_by)
+    elif has_trainable_matrix(item):
+        yield name, item
 
 
 def _is_repeated(items: list[nn.Module]) -> bool:
@@ -71,13 +81,15 @@ def _is_repeated(items: list[nn.Module]) -> bool:
     return has_parts and has_trainable_matrix(nn.ModuleList(items)) and (count >= 2 or len(items) == 1)
 
 
-def _owners(module: nn.Module, name: str, blocks: set[str]) -> Iterator[tuple[str, nn.Module]]:
+def _owners(
+    module: nn.Module, name: str, blocks: set[str], passed_by: Collection[str]
+) -> Iterator[tuple[str, nn.Module]]:
     for child_name, child in module.named_children():
         full = f"{name}.{child_name}" if name else child_name
         if full in blocks:
             continue
         holds_block = any(block.startswith(f"{full}.") for block in blocks)
-        if not holds_block and has_trainable_matrix(child, recurse=False):
+        if not holds_block and full not in passed_by and has_trainable_matrix(child, recurse=False):
             yield full, child
         else:
-            yield from _owners(child, full, blocks)
+            yield from _owners(child, full, blocks, passed_by)

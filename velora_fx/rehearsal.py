@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from types import FunctionType
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -52,25 +51,24 @@ class Rehearsal:
         """True where the steps run as under torch.compile."""
         return self.options.target == "inductor"
 
-    @cached_property
-    def replaced(self) -> list[str]:
-        """The modules whose forward was replaced by a function; copies get the forward of their class."""
-        modules = self.model.named_modules()
-        return [name for name, module in modules if isinstance(vars(module).get("forward"), FunctionType)]
-
     def fake_model(self, by_blocks: bool = False) -> torch.nn.Module:
-        """An untouched copy in training mode, with real integers for what runs eagerly.
-
-        A copy of a function would still call the module that it was made for.
-        """
+        """An untouched copy in training mode, with real integers for what runs eagerly."""
         traces_whole = self.is_compiled and not by_blocks
         fake = fake_copy(self.model, self.mode, self.device, "none" if traces_whole else "integers")
-        for name in self.replaced:
-            del fake.get_submodule(name).forward
         uninstall(fake)
         remove_carriers(fake)
         unwatch(fake)
         return fake if self.model.training else fake.train()
+
+    @cached_property
+    def passed_by(self) -> frozenset[str]:
+        """The modules whose forward is not called by the model's, while that of a part of theirs is."""
+        fake, called = self.fake_model(), set[str]()
+        for name, module in fake.named_modules():
+            module.forward = _noting(module.forward, partial(called.add, name))
+        self.forward(fake)
+        within = {name[:dot] for name in called for dot, sign in enumerate(name) if sign == "."}
+        return frozenset(within - called)
 
     def eager_step(self, fake: torch.nn.Module, tracker: Tracker | None = None) -> Timeline:
         """A step of a fake model as it is."""
@@ -97,13 +95,17 @@ class Rehearsal:
 
     def step_by_blocks(self, fake: torch.nn.Module, graphs: Graphs, compiler_recomputes: bool = False) -> Timeline:
         """A step of a model whose blocks are compiled one by one (`block.compile()`)."""
-        compile_blocks(fake, graphs, self._compilers[compiler_recomputes])
+        compile_blocks(fake, graphs, self._compilers[compiler_recomputes], self.passed_by)
         return self.eager_step(fake)
 
     def forward(self, fake: torch.nn.Module) -> None:
+        """The forward alone, as it runs or, of compiled steps, as a compiler traces it."""
+        simulate_forward(fake, *self._inputs("none" if self.is_compiled else "all"), self.device, self.is_compiled)
+
+    def traced_forward(self, fake: torch.nn.Module) -> None:
         """The forward alone, as a compiler traces it."""
         checks = self.checks if self.is_compiled else set()  # an eager step makes its own
-        simulate_forward(fake, *self._inputs("none"), self.device, checks)
+        simulate_forward(fake, *self._inputs("none"), self.device, True, checks)
 
     def _compiled_step(
         self,
@@ -115,7 +117,9 @@ class Rehearsal:
         apart: Apart,
     ) -> Timeline:
         inputs = self._inputs("none")
-        fake.forward = compiled_forward(fake, *inputs, graphs, compiler, observer_of, tracker.inside, apart)
+        fake.forward = compiled_forward(
+            fake, *inputs, graphs, compiler, observer_of, tracker.inside, apart, self.passed_by
+        )
         return self._step(fake, inputs, tracker)
 
     def _step(self, fake: torch.nn.Module, inputs: tuple[Any, Any], tracker: Tracker) -> Timeline:
@@ -144,3 +148,13 @@ class Rehearsal:
     def _compilers(self) -> dict[bool, Inductor]:
         """By whether the compiler is told to recompute what it can; what is equal is compiled once."""
         return {told: Inductor(self.device, self._timer, told) for told in (False, True)}
+
+
+def _noting(forward: Callable[..., Any], note: Callable[[], None]) -> Callable[..., Any]:
+    """The forward, which notes that it is called."""
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        note()
+        return forward(*args, **kwargs)
+
+    return noted

@@ -6,19 +6,22 @@ import contextlib
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.utils import _pytree
 
 from velora_fx.arguments import named_tensors
+from velora_fx.cache_filling import tensors_inside
 from velora_fx.fake import as_compiled, kernels_of
 from velora_fx.finite import place_in
 from velora_fx.module_state import attached_tensors
 from velora_fx.optimizers import OptimizerFactory
 from velora_fx.scopes import Scopes
 from velora_fx.step_time import StepTimer
-from velora_fx.timeline import Timeline
+from velora_fx.timeline import Returned, Timeline
 from velora_fx.tracker import Tracker
 
 ALLOCATOR_BLOCK_BYTES = {"cuda": 512}  # c10/core/AllocatorConfig.h: kMinBlockSize
@@ -58,7 +61,12 @@ def simulate(
     scopes = tracker.scopes.on() if tracker.scopes else contextlib.nullcontext()
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), scopes, timer, tracker, kernels_of(device, checks):
         tracker.mark("forward")
-        loss = _checked_loss(_run_forward(lambda: loss_fn(model(*args, **kwargs))))
+        output = _run_forward(lambda: model(*args, **kwargs))
+        returned = Returned(tracker.now, tuple({tracker.watch(tensor): None for tensor in _held_by(output)}))
+        if loss_fn is default_loss and own_loss(output) is None:
+            returned = replace(returned, float32_bytes=4 * sum(t.numel() for t in _trained(output)))
+        loss = _checked_loss(_run_forward(partial(loss_fn, output)))
+        del output  # as `model(**batch).loss.backward()` does, and trainers
         tracker.name_loss(loss)
         tracker.mark("backward")
         for storage in tracker.live():
@@ -71,7 +79,7 @@ def simulate(
             tracker.mark("optimizer step")
             if optimizer is not None:
                 _optimizer_step(optimizer)
-    return replace(tracker.timeline(), seconds=timer.seconds)
+    return replace(tracker.timeline(), seconds=timer.seconds, returned=returned)
 
 
 @contextlib.contextmanager
@@ -120,10 +128,12 @@ def simulate_forward(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     device: torch.device,
+    is_traced: bool = True,
     checks: set[str] | None = None,
 ) -> None:
-    """Runs the forward alone, as a compiler traces it, for what it calls; `checks` is as for `simulate`."""
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), kernels_of(device, checks), as_compiled():
+    """Runs the forward alone, for what it calls; `is_traced` as a compiler traces it, `checks` is as for `simulate`."""
+    way = as_compiled() if is_traced else contextlib.nullcontext()
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), kernels_of(device, checks), way:
         _run_forward(lambda: model(*args, **kwargs))
 
 
@@ -178,15 +188,34 @@ def _backward(loss: torch.Tensor) -> None:
 
 def default_loss(output: Any) -> torch.Tensor:
     """The loss of a model's output: its `loss`, or a stand-in that needs one gradient as large as each output."""
+    loss = own_loss(output)
+    if loss is not None:
+        return loss
+    tensors = _trained(output)
+    if not tensors:
+        raise ValueError("the model's output has no loss and no tensor that requires a gradient: pass loss_fn")
+    return torch.stack([tensor.square().mean() for tensor in tensors]).sum()
+
+
+def own_loss(output: Any) -> torch.Tensor | None:
+    """The loss that a model returns: its output's `loss`, or the one number that it is."""
     loss = output.get("loss") if hasattr(output, "get") else getattr(output, "loss", None)
     if isinstance(loss, torch.Tensor):
         return loss
-    tensors = [leaf for leaf in _leaves(output) if leaf.is_floating_point() and leaf.requires_grad]
-    if not tensors:
-        raise ValueError("the model's output has no loss and no tensor that requires a gradient: pass loss_fn")
-    if len(tensors) == 1 and tensors[0].dim() == 0:
-        return tensors[0]
-    return torch.stack([tensor.square().mean() for tensor in tensors]).sum()
+    tensors = _trained(output)
+    return tensors[0] if len(tensors) == 1 and tensors[0].dim() == 0 else None
+
+
+def _trained(output: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in _leaves(output) if leaf.is_floating_point() and leaf.requires_grad]
+
+
+def _held_by(output: Any) -> list[torch.Tensor]:
+    """The tensors that an output holds, also in its key-value caches."""
+    leaves = _pytree.tree_leaves(output)
+    caches = [leaf for leaf in leaves if hasattr(leaf, "get_seq_length")]
+    cached = [tensor for cache in caches for tensor in tensors_inside(cache)]
+    return [*(leaf for leaf in leaves if isinstance(leaf, torch.Tensor)), *cached]
 
 
 def _leaves(output: Any) -> list[torch.Tensor]:

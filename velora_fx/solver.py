@@ -7,8 +7,10 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint
 from scipy.sparse import csr_array
+
+from velora_fx.programs import milp
 
 MAX_SOLUTIONS = 20  # besides one for each moment
 MOMENTS_AT_ONCE = 3

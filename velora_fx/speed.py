@@ -9,12 +9,13 @@ from math import prod
 
 import numpy as np
 import torch
-from scipy.optimize import LinearConstraint, milp
+from scipy.optimize import LinearConstraint
 
 from velora_fx.analysis import Actions, Analysis, Sizes
 from velora_fx.candidates import Candidate
 from velora_fx.devices import device_rates
 from velora_fx.plans import ROUNDING
+from velora_fx.programs import milp
 from velora_fx.timeline import Peak
 
 Key = tuple[str, str]

@@ -48,6 +48,19 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Returned:
+    """What the model returned: the first event after that, the storages of its output, and, where its loss is not known
+    but a stand-in, the bytes of that output in float32."""
+
+    event: int = 0
+    storages: tuple[int, ...] = ()
+    float32_bytes: int = 0
+
+
+NOTHING = Returned()
+
+
+@dataclass(frozen=True)
 class Group:
     """Storages with one label but for the numbers of layers in it: the label, how many there are, and their bytes."""
 
@@ -110,7 +123,7 @@ class Timeline:
     `storages[i]` is born by the first event i that names it, with `deltas[i]` bytes, and freed by the second.
     `categories` gives each storage's category, `labels` what it is in words; `marks` the first event of each moment of
     the step, `places` that of each stretch in one module, in order. `seconds` is the
-    predicted time of the step.
+    predicted time of the step, `returned` what the model returned in it.
     """
 
     storages: NDArray[np.int64]
@@ -120,6 +133,7 @@ class Timeline:
     labels: tuple[Label, ...] = ()
     places: tuple[Place, ...] = ()
     seconds: float = 0.0
+    returned: Returned = NOTHING
 
     @cached_property
     def live_bytes(self) -> NDArray[np.int64]:
@@ -157,6 +171,17 @@ class Timeline:
         own = [(self._kind(s, True), size) for s, size in others.items() if self.labels[s].where in there]
         largest = _groups((self._kind(s), size) for s, size in others.items())[:NUM_LARGEST]
         return replace(peak, place=place.name, there=next(iter(_groups(own)), None), largest=largest)
+
+    @cached_property
+    def peak_bytes_with_output(self) -> int:
+        """The highest point where the caller keeps the output, as a loop with `out = model(batch)` does: over backward
+        and the optimizer step, and through the next forward until that returns."""
+        more = np.zeros_like(self.deltas)
+        for storage in self.returned.storages:
+            if storage in self.deaths:
+                more[self.deaths[storage] :] += self.deltas[self.births[storage]]
+                more[: self.returned.event] += self.deltas[self.births[storage]]
+        return int(np.max(self.live_bytes + more))
 
     def _kind(self, storage: int, is_place_known: bool = False) -> str:
         """What a storage has in common with others; what there is for each parameter counts as one, of any shape."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,12 +52,13 @@ def trace(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     calls: Sequence[BlockCall],
+    passed_by: Collection[str] = (),
 ) -> Trace:
     """Traces a fake model's forward for fake inputs, the calls that have graphs left out.
 
     What these return are the graph's last inputs. An `autograd.Function` becomes the operations of its forward. Raises
     ValueError for a model that cannot be traced as a whole, or that returns something else than tensors, constants and
-    caches.
+    caches. `passed_by` is as in `find_blocks`.
     """
     leaves, spec = _pytree.tree_flatten((args, kwargs))
     state = {**state_of(model), **carriers_of(model)}
@@ -73,7 +74,8 @@ def trace(
             named = dict(zip(state, ts, strict=False))
             for name, tensor in named.items():
                 vars(tensor).update(attached[name])
-            with replay(model, calls, list(given)) as marked, refusals(own_backwards=True), as_compiled():
+            marks = replay(model, calls, list(given), passed_by)
+            with marks as marked, refusals(own_backwards=True), as_compiled():
                 output = torch.func.functional_call(model, named, call_args, call_kwargs)
             result["leaves"], result["structure"] = _pytree.tree_flatten(output)
             held = [tensor for leaf in result["leaves"] if _is_cache(leaf) for tensor in tensors_inside(leaf)]
