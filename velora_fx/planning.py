@@ -15,6 +15,7 @@ from velora_fx.devices import device_rates
 from velora_fx.exact import ExactRivals
 from velora_fx.module_state import CARRIER
 from velora_fx.options import Options
+from velora_fx.output_notes import SAME, output_notes
 from velora_fx.plans import BudgetError, Decision, Exact, Plan, Recomputed
 from velora_fx.projection import without_wrappers
 from velora_fx.search import Search
@@ -22,8 +23,6 @@ from velora_fx.speed import approximation, faster
 from velora_fx.timeline import Peak
 from velora_fx.units import in_units
 from velora_fx.updates import updates_of
-
-SAME = 0.01  # peaks that differ by less need no word
 
 
 @dataclass(frozen=True)
@@ -233,7 +232,7 @@ def _decision(
 
 def _notes(search: Search, actions: Actions, plan: Plan) -> list[str]:
     analysis = search.analysis
-    notes = [*analysis.notes, *_regional_note(analysis, actions, plan), *_output_notes(analysis, plan)]
+    notes = [*analysis.notes, *_regional_note(analysis, actions, plan)]
     if plan.planned.moment == "optimizer step":
         others = "" if plan.is_factored else "gradients='factored', "
         notes.append(
@@ -264,7 +263,7 @@ def _notes(search: Search, actions: Actions, plan: Plan) -> list[str]:
     if plan.budget_bytes is None:
         smallest = Search(analysis, True, False).tightest[1].peak_bytes
         notes.append(f"with everything compressed as far as possible the peak is {in_units(smallest)}")
-    return notes
+    return [*notes, *output_notes(analysis, plan)]
 
 
 def _overwritten(analysis: Analysis) -> list[str]:
@@ -292,28 +291,6 @@ def _regional_note(analysis: Analysis, actions: Actions, plan: Plan) -> list[str
         f"all figures are for torch.compile(model); with each block compiled by itself (block.compile()) the peak is "
         f"{in_units(peak_bytes)}{', over the budget' if is_over else ''}"
     ]
-
-
-def _output_notes(analysis: Analysis, plan: Plan) -> list[str]:
-    """What is assumed of the model's output, where another use of it makes a difference."""
-    notes = []
-    timeline = plan.planned.timeline or analysis.untouched
-    more = timeline.peak_bytes_with_output - timeline.peak.peak_bytes
-    if more > SAME * plan.planned.peak_bytes:
-        peak_bytes = plan.planned.peak_bytes + more
-        is_over = plan.budget_bytes is not None and plan.planned.peak_bytes <= plan.budget_bytes < peak_bytes
-        notes.append(
-            "the model's output is taken to be let go once the loss is made, as in model(**batch).loss.backward(); in "
-            f"a loop that keeps it (out = model(**batch)) the peak is {in_units(peak_bytes)}"
-            f"{', over the budget' if is_over else ''}"
-        )
-    if analysis.untouched.returned.float32_bytes:
-        size = in_units(analysis.untouched.returned.float32_bytes)
-        notes.append(
-            "the loss is a stand-in, the mean square of the model's output; a cross-entropy may hold that output in "
-            f"float32 more than once, each time {size}: pass loss_fn, or example_inputs with labels"
-        )
-    return notes
 
 
 def _unreachable(plan: Plan) -> str:
