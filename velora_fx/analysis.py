@@ -30,7 +30,7 @@ from velora_fx.tracker import Tracker
 from velora_fx.wrapped import check_unwrapped
 
 Sizes = Mapping[tuple[str, str], int]
-MOST_CONFIRMED = 24  # calls of blocks: a larger graph takes a compiler minutes
+MOST_CONFIRMED = 12  # calls of blocks: a larger graph takes a compiler minutes
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -79,9 +78,6 @@ def _rehearse(
     """Runs the forward without values, as it is traced or as it runs around compiled blocks, and captures."""
     mode = fake_mode()
     fake = fake_copy(model, mode, None, "none" if is_traced else "integers")
-    for module in fake.modules():
-        if isinstance(vars(module).get("forward"), FunctionType):
-            del module.forward  # a copy of a function would still call the module that it was made for
     uninstall(fake)
     for key, hook in list(fake._forward_pre_hooks.items()):
         if isinstance(hook, CaptureAhead):
