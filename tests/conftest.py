@@ -19,6 +19,14 @@ BENCH = (
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def precision() -> Iterator[None]:
+    """What a test makes of float32 products ends with it: Trainer sets TF32, which oneDNN's have too."""
+    before = torch.backends.fp32_precision
+    yield
+    torch.backends.fp32_precision = before
+
+
 @pytest.fixture(scope="session")
 def tools() -> Iterator[Any]:
     """The modules of tools/bench.py by name."""

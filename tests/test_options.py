@@ -22,7 +22,6 @@ from velora_fx.options import GIB, Options, budget_bytes_of, planning_device
 CPU = torch.device("cpu")
 BAD: tuple[tuple[str, Any, str], ...] = (
     ("target", "inductr", "'eager'"),
-    ("target", None, "'eager'"),
     ("gradients", "factored?", "'dense'"),
     ("projection", "random", "'signs' or 'batch_mean'"),
     ("projection", ["signs"], "'signs' or 'batch_mean'"),

@@ -197,15 +197,15 @@ def test_graphs_of_blocks_are_of_their_block() -> None:
 
 
 def test_compiled_graphs_are_of_their_block_or_with_what_surrounds_them_of_the_model() -> None:
-    timeline = velora_fx.plan(stack(num_blocks=6), 1, (rows(),), target="inductor").planned.timeline
+    timeline = velora_fx.plan(stack(num_blocks=14), 1, (rows(),), target="inductor").planned.timeline
     assert timeline is not None
     names = list(dict.fromkeys(place.name for place in timeline.places))
-    inner = [f"blocks.{number}" for number in range(1, 5)]  # the ends are compiled with what surrounds them
+    inner = [f"blocks.{number}" for number in range(1, 13)]  # the ends are compiled with what surrounds them
     assert [name for name in names if "blocks" in name] == [
         *(f"forward of {name}" for name in inner),
         *(f"backward of {name}" for name in reversed(inner)),
     ]
-    last = names.index("backward of blocks.4")
+    last = names.index("backward of blocks.12")
     assert (
         names[last - 1] == "start of backward" and "forward of the model" in names[: names.index("forward of blocks.1")]
     )

@@ -14,7 +14,7 @@ from velora_fx.capture import Captured
 from velora_fx.checkpoint_calls import Checkpoint, ContextFn
 from velora_fx.checkpointing import CONTEXTS, Checkpointed
 from velora_fx.fake import fake_tensor
-from velora_fx.graphs import Call, RegionGraph, find_graph, key_of, make_graph, merge_graph
+from velora_fx.graphs import Call, RegionGraph, find_graph, has_replaced_forwards, key_of, make_graph, merge_graph
 from velora_fx.inductor import describe
 from velora_fx.module_state import carriers_of
 from velora_fx.passes.recompute_in_backward import recompute_in_backward
@@ -121,6 +121,8 @@ class BlockGraphs:
 
     def _captured(self, call: Call) -> RegionGraph:
         """A new graph, or one that was captured for an equal block."""
+        if has_replaced_forwards(call.module):  # equal keys are no equal blocks then
+            return make_graph(call, key_of(call))
         graph = find_graph(self._library, call, key_of(call), exact=True)
         if graph is None:
             graph = merge_graph(self._library, make_graph(call, key_of(call)))

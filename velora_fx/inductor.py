@@ -153,7 +153,10 @@ def _as_from_dynamo(gm: GraphModule) -> GraphModule:
     made = copy.deepcopy(gm)
     state = made.meta["state"]
     made.meta["dynamo_compile_id"] = None
-    constants = (name for name, _ in (*made.named_parameters(), *made.named_buffers()))
+    constants = (
+        name
+        for name, _ in (*made.named_parameters(remove_duplicate=False), *made.named_buffers(remove_duplicate=False))
+    )
     made._param_name_to_source = {name: LocalSource(name) for name in constants}  # type: ignore[assignment]
     for node in made.graph.find_nodes(op="placeholder"):
         node._dynamo_source = LocalSource(node.name)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from velora_fx.checkpoint_calls import Checkpoint, noted_checkpoints
-from velora_fx.graphs import Call, RegionGraph, find_graph, key_of, make_graph, merge_graph
+from velora_fx.graphs import Call, RegionGraph, find_graph, has_replaced_forwards, key_of, make_graph, merge_graph
 from velora_fx.overwrites import Overwrites
 from velora_fx.passes.find_products import find_products
 from velora_fx.passes.saved_tensors import SavedTensors, Saving
@@ -133,13 +133,17 @@ class _Probe:
         reason = hooks_in(self.block)
         if reason is not None:
             return RegionGraph(key, (), None, reason)
-        graph = find_graph(self.library, call, key, exact=True)
+        graphs = self.findings.graphs.setdefault(self.name, [])
+        is_alone = self.forward is not None or has_replaced_forwards(self.block)  # then equal keys are no equal blocks
+        library = graphs if is_alone else self.library
+        graph = find_graph(library, call, key, exact=True)
         if graph is None:
             self.progress(self.name or "the model")
-            graph = merge_graph(self.library, make_graph(call, key, self.forward))
-            if graph not in self.library:
-                self.library.append(graph)
-        graphs = self.findings.graphs.setdefault(self.name, [])
+            graph = make_graph(call, key, self.forward)
+            if not is_alone:
+                graph = merge_graph(library, graph)
+                if graph not in library:
+                    library.append(graph)
         if graph not in graphs and graph.gm is not None:
             graphs.append(graph)
             self.note_products(graph, call.state)
