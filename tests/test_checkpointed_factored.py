@@ -165,8 +165,8 @@ def test_a_block_that_comes_to_checkpoint_a_part_of_itself_is_refused_rather_tha
 @pytest.mark.parametrize(
     ("name", "is_before"),
     [
-        ("inside", True),
         ("inside", False),
+        pytest.param("inside", True, marks=pytest.mark.slow),
         *(pytest.param(*pair, marks=pytest.mark.slow) for pair in product(("outside", "hugging face"), (True, False))),
     ],
 )

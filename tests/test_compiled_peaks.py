@@ -85,7 +85,8 @@ def test_of_some_blocks_the_compiled_peak_is_that_of_one_graph(order: tuple[int,
     assert max(off(Calls(order).train(), torch.randn(4, 64, 64))) <= WITHIN
 
 
-@pytest.mark.parametrize("num_blocks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_blocks", [1, 2])
 def test_a_compiled_vision_transformer_has_the_predicted_peak(num_blocks: int) -> None:
     torch.manual_seed(0)
     assert max(off(Vision(num_blocks).train(), torch.randn(8, 3, 32, 32))) <= WITHIN

@@ -91,6 +91,7 @@ def test_idle_hooks_that_are_there_before_planning_do_not_matter() -> None:
     assert {region.name for region in regions_of(model)} >= {"model.layers.0", "model.layers.1"}
 
 
+@pytest.mark.slow
 def test_compiled_as_a_whole_idle_hooks_do_not_matter() -> None:
     torch._dynamo.reset()
     model = planned(target="inductor")

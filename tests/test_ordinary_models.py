@@ -55,7 +55,7 @@ def bloom() -> nn.Module:
     return hf.BloomForCausalLM(hf.BloomConfig(vocab_size=96, hidden_size=64, n_layer=2, n_head=4, use_cache=False))
 
 
-@pytest.mark.parametrize("target", ["eager", "inductor"])
+@pytest.mark.parametrize("target", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_blocks_with_an_autograd_function_are_predicted(target):
     """The GELU of Bloom has a backward of its own: no graph stands for it in training."""
     model, batch = bloom().train(), text()

@@ -161,7 +161,9 @@ TOYS = {
 }
 
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize(
+    "name", ["modulated", *(pytest.param(n, marks=pytest.mark.slow) for n in TOYS if n != "modulated")]
+)
 def test_no_plan_is_dearer_than_everything_at_one_size_that_fits(name: str) -> None:
     search = TOYS[name]()
     smallest, untouched = search.tightest[1].peak_bytes, search.analysis.baseline.peak_bytes

@@ -111,6 +111,7 @@ def test_factored_gradients_leave_tied_weights_dense_and_say_so(ties: dict[str, 
     assert_same_gradients(model, exact, names)
 
 
+@pytest.mark.slow
 def test_a_head_tied_to_an_embedding_can_be_compressed_where_the_step_is_compiled() -> None:
     model, batch = made(head=True)
     plan = tightest(model, batch, filter_fn=everything, target="inductor")

@@ -68,7 +68,9 @@ def tightest_of(order: str, folder: Path, *args: Any, **options: Any) -> velora_
     return raised.value.plan
 
 
-@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "mixed precision"])
+@pytest.mark.parametrize(
+    "mixed", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float32", "mixed precision"]
+)
 @pytest.mark.parametrize("order", ["before the trainer", "after the trainer"])
 def test_a_model_is_planned_for_what_the_trainer_has_it_run(tmp_path: Path, order: str, mixed: bool) -> None:
     plan, expected = tightest_of(order, tmp_path, bf16=mixed), losses(trainer(llama(), tmp_path, bf16=mixed))
@@ -79,7 +81,7 @@ def test_a_model_is_planned_for_what_the_trainer_has_it_run(tmp_path: Path, orde
     assert len(compressed_weights(trained.model)) == 3 * len(LINEARS)
 
 
-@pytest.mark.parametrize("order", ["before the trainer", "after the trainer"])
+@pytest.mark.parametrize("order", [pytest.param("before the trainer", marks=pytest.mark.slow), "after the trainer"])
 def test_adapters_that_the_trainer_adds_are_planned_for(tmp_path: Path, order: str) -> None:
     adapters = LoraConfig(r=8, target_modules=LINEARS, task_type="CAUSAL_LM")
     plan, expected = tightest_of(order, tmp_path, adapters), losses(trainer(llama(), tmp_path, adapters))

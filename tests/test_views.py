@@ -118,6 +118,7 @@ def test_factored_gradients_of_views_are_those_of_their_own_projections() -> Non
         torch.testing.assert_close(rebuilt, dict(dense.named_parameters())[weight].grad)
 
 
+@pytest.mark.slow
 def test_compiled_views_have_projections_of_their_own() -> None:
     model, batch = made()
     exact = copy.deepcopy(model)
