@@ -73,7 +73,7 @@ def test_a_projectors_output_may_be_written_in_place(
     assert_equal_to_the_untouched(bias, write, torch.randn(*lead, WIDTH), "eager")
 
 
-@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("write", [scaled, *(pytest.param(w, marks=pytest.mark.slow) for w in (partly, F.relu_))])
 def test_a_compiled_projectors_output_may_be_written_in_place(write: Callable[[Tensor], Tensor]) -> None:
     assert_equal_to_the_untouched(True, write, torch.randn(2, 6, WIDTH), "inductor")
 
