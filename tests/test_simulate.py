@@ -96,6 +96,21 @@ def test_the_real_optimizer_its_scheduler_and_the_weights_are_left_alone(name: s
     assert getattr(optimizer, "_opt_called", False) == (used and scheduler is not None)
 
 
+class Matching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        return y[int(y.detach().cpu().numpy().argmax()) % len(y)].sum()
+
+
+def test_a_loss_that_takes_its_values_to_numpy_is_refused_with_the_place_and_the_way_out() -> None:
+    with pytest.raises(ValueError, match=r"\.numpy\(\).*test_simulate\.py.*without labels, and loss_fn"):
+        velora_fx.plan(Matching(), None, (torch.randn(2, 4),))
+
+
 def test_a_loss_of_several_numbers_is_refused() -> None:
     with pytest.raises(ValueError, match=r"one number, got a tensor of shape \(4,\)"):
         velora_fx.plan(stack(), None, (rows(),), loss_fn=lambda loss: loss.expand(4))

@@ -24,6 +24,7 @@ from velora_fx.step_time import StepTimer
 from velora_fx.timeline import Returned, Timeline
 from velora_fx.tracker import Tracker
 
+NO_NUMPY = ".numpy() is not supported for tensor subclasses"  # what fake tensors say
 ALLOCATOR_BLOCK_BYTES = {"cuda": 512}  # c10/core/AllocatorConfig.h: kMinBlockSize
 
 
@@ -161,10 +162,14 @@ def _run_forward(run: Callable[[], Any]) -> Any:
     """Runs a forward; ValueError, with the place in the code, where it asks for values that planning does not have."""
     try:
         return run()
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+    except (DataDependentOutputException, DynamicOutputShapeException, RuntimeError) as error:
+        is_ours = isinstance(error, (DataDependentOutputException, DynamicOutputShapeException))
+        if not is_ours and NO_NUMPY not in str(error):
+            raise
         raise ValueError(
             "planning runs the model without values, and its forward asks for some (a branch on an activation, "
-            f".item(), nonzero): {place_in(traceback.extract_tb(error.__traceback__))}"
+            f".item(), .numpy(), nonzero): {place_in(traceback.extract_tb(error.__traceback__))}. If that is in its "
+            "loss (a matching of boxes to labels), plan with example_inputs without labels, and loss_fn"
         ) from error
 
 
