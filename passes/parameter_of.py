@@ -12,7 +12,7 @@ VIEWS = frozenset({
     "t", "numpy_T", "mT", "matrix_H", "adjoint", "transpose", "swapaxes", "swapdims", "permute", "movedim",
     "moveaxis", "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "contiguous", "alias", "to",
     "type_as", "_to_copy", "clone", "slice", "select", "narrow", "squeeze", "unsqueeze", "expand", "expand_as",
-    "chunk", "split", "split_with_sizes", "tensor_split", "unbind", "getitem",
+    "chunk", "split", "split_with_sizes", "tensor_split", "unbind", "getitem", "index", "index_select",
 })  # fmt: skip
 
 # Names of operations that transpose a matrix; the last three take two dimensions, which may be one and the same.

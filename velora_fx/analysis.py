@@ -30,6 +30,7 @@ from velora_fx.tracker import Tracker
 from velora_fx.wrapped import check_unwrapped
 
 Sizes = Mapping[tuple[str, str], int]
+KERNELS: Mapping[type, str] = {torch.nn.LSTM: "LSTM layers", torch.nn.modules.conv._ConvNd: "convolutions"}
 MOST_CONFIRMED = 12  # calls of blocks: a larger graph takes a compiler minutes
 
 
@@ -243,8 +244,11 @@ def _notes(rehearsal: Rehearsal, findings: Findings) -> tuple[str, ...]:
         broken = ", which is where torch.compile splits it into graphs that may keep more" * rehearsal.is_compiled
         places = "; ".join(sorted(rehearsal.checks))
         notes.append(f"where the model asks whether values are finite, they are taken to be{broken}: {places}")
-    if rehearsal.device.type == "cpu" and any(isinstance(m, torch.nn.LSTM) for m in rehearsal.model.modules()):
-        notes.append("what the kernel of an LSTM layer takes while it runs is not known, and not counted")
+    kinds = {name for m in rehearsal.model.modules() for kind, name in KERNELS.items() if isinstance(m, kind)}
+    if kinds:
+        notes.append(
+            f"what the kernels of {' and '.join(sorted(kinds))} take while they run is not known, and not counted"
+        )
     return tuple(notes)
 
 

@@ -24,6 +24,10 @@ Real = Literal["none", "integers", "all"]
 aten = torch.ops.aten
 ARITHMETIC = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+INDEXING = (
+    aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default,
+    aten._unsafe_index.Tensor, aten._unsafe_index_put.default,
+)  # fmt: skip
 PADS = (aten.slice_backward.default, aten.select_backward.default)
 LAYER_NORMS = (torch.ops.aten.native_layer_norm.default, torch.ops.aten.native_layer_norm_backward.default)
 
@@ -110,7 +114,8 @@ class RealKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lets fake operators do what the real kernels of a device do and their shape functions do not.
 
     `aten._grouped_mm` (mixtures of experts) takes all dtypes, `aten._ctc_loss` real lengths of texts; layer norms and
-    their gradients are made from contiguous copies and are contiguous. On the CPU `velora.compress` takes memory for
+    their gradients are made from contiguous copies and are contiguous; real masks pick what they pick. On the CPU
+    `velora.compress` takes memory for
     its products, arithmetic on two dtypes first casts an operand, the backward of attention copies a gradient that is
     not laid out [batch, length, heads], and some storages are larger than their tensors. The backward of a view that
     was written in place (a linear's output of three dimensions) copies the gradient.
@@ -138,6 +143,8 @@ class RealKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
             steps, batch = args[0].shape[0], args[3].numel()
             states = 2 * int(args[3].max()) + 1  # of the longest text, whose length is real
             return args[0].new_empty(batch), args[0].new_empty(batch, steps, states)
+        if func in INDEXING and isinstance(args[0], FakeTensor):
+            args = (args[0], [part for index in args[1] for part in _as_numbers(index)], *args[2:])
         on_cpu = self.device.type == "cpu"
         if on_cpu and func is torch.ops.velora.compress.default and isinstance(args[0], FakeTensor):
             compress_blocks(args[0], args[1], 1)
@@ -156,6 +163,12 @@ class RealKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
             is_made = self._padded is not None and self._padded() is args[0].untyped_storage()  # for a part of the view
             return result if is_made else result.new_empty(result.shape)
         return as_on_cpu(func, args, result) if on_cpu and is_fake else result
+
+
+def _as_numbers(index: Any) -> tuple[Any, ...]:
+    """A real mask among the indices as the numbers of what it picks: how many these are its shape does not tell."""
+    is_mask = isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
+    return index.nonzero().unbind(1) if is_mask and not isinstance(index, FakeTensor) else (index,)
 
 
 def _is_backward_of_written_view() -> bool:

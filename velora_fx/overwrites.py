@@ -13,6 +13,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from velora_fx.checkpointing import COSTLY
 
+OWN_NAMESPACES = ("aten", "prim", "prims", "velora")
+
 
 class Overwrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees, while it is on, which regions have their inputs, or the results of COSTLY operators in them, written in
@@ -43,7 +45,8 @@ class Overwrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._inputs.setdefault(tensor.untyped_storage(), set()).add(region)
         before, self._region = self._region, region
         try:
-            yield
+            with self:  # before modes that put other operators in the place of those that are called
+                yield
         finally:
             self._region = before
 
@@ -55,11 +58,19 @@ class Overwrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.inputs_of |= self._inputs.get(storage, set())
             self.results_of |= self._results.get(storage, set())
         result = func(*args, **(kwargs or {}))
-        if self._region is not None and getattr(func, "overloadpacket", None) in COSTLY:
+        if self._region is not None and _is_costly(func):
             for leaf in _pytree.tree_leaves(result):
                 if isinstance(leaf, torch.Tensor):
                     self._results.setdefault(leaf.untyped_storage(), set()).add(self._region)
         return result
+
+
+def _is_costly(func: Any) -> bool:
+    """True for what selective checkpointing keeps, and for operators of other libraries.
+
+    A graph may have one of these (a product of groups) where the forward that is recomputed takes PyTorch's.
+    """
+    return getattr(func, "overloadpacket", None) in COSTLY or getattr(func, "namespace", "aten") not in OWN_NAMESPACES
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:

@@ -165,4 +165,5 @@ class _Probe:
         """Observes the parts of a module that cannot be captured, keeping the reason."""
         self.findings.failures.setdefault(self.name, graph.reason or "")
         for name, child in child_regions(self.block, self.name).items():
+            self.findings.calls.setdefault(name, 0)
             self.observe(name, child)

@@ -80,6 +80,11 @@ def simulate(
             tracker.mark("optimizer step")
             if optimizer is not None:
                 _optimizer_step(optimizer)
+    states = optimizer.state.items() if optimizer is not None else ()
+    for state in [state for stepped, state in states if stepped.grad is None]:  # in training there would be none
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                tracker.discount(value)
     return replace(tracker.timeline(), seconds=timer.seconds, returned=returned)
 
 

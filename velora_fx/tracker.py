@@ -91,6 +91,10 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.births[number] = Label(label)
         return number
 
+    def discount(self, tensor: torch.Tensor) -> None:
+        """Takes a storage that is there to the end as one that was never there."""
+        self.deltas[self.storages.index(self.watch(tensor))] = 0
+
     def _count(self, tensor: torch.Tensor, func: Any = None, args: tuple[Any, ...] = ()) -> int:
         storage = tensor.untyped_storage()
         known = self._live.get(id(storage))

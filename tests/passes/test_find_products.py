@@ -143,6 +143,7 @@ def test_what_is_no_product_with_a_trained_parameter_is_not_listed(name):
 
 OTHERS: dict[str, tuple[Callable[..., Tensor], str]] = {
     "a stack of matrices": (lambda m, x: torch.bmm(x, m.stack), "bmm"),
+    "matrices picked from a stack": (lambda m, x: torch.bmm(x, m.stack[torch.tensor([2, 0, 1])]), "bmm"),
     "a matmul with a stack": (lambda m, x: x @ m.stack, "matmul"),
     "a sum with a stack": (lambda m, x: torch.baddbmm(m.bias, x, m.stack), "baddbmm"),
     "einsum": (lambda m, x: torch.einsum("btd,bdo->bto", x, m.stack), "einsum"),
