@@ -148,6 +148,9 @@ class RealKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
         on_cpu = self.device.type == "cpu"
         if on_cpu and func is torch.ops.velora.compress.default and isinstance(args[0], FakeTensor):
             compress_blocks(args[0], args[1], 1)
+        copied = None
+        if func is torch.ops.velora.linear.default and isinstance(args[0], FakeTensor):
+            copied = args[0].reshape(-1, args[0].shape[-1])  # as a linear copies rows that are not one after the other
         if func is FLASH_BACKWARD and isinstance(args[0], FakeTensor):
             args = (args[0].transpose(1, 2).contiguous().transpose(1, 2), *args[1:])
         if func in LAYER_NORMS:
@@ -156,6 +159,7 @@ class RealKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
             dtype = torch.promote_types(args[0].dtype, args[1].dtype)
             args = tuple(a if a.dtype == dtype else a.to(dtype) for a in args)
         result = func(*args, **(kwargs or {}))
+        del copied
         is_fake = bool(args) and isinstance(args[0], FakeTensor)
         if func in PADS and is_fake:
             self._padded = weakref.ref(result.untyped_storage())
