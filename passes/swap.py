@@ -9,10 +9,10 @@ from typing import TypeVar
 import torch
 from torch.fx import GraphModule, Node
 
-import velora_fx.ops  # noqa: F401  (defines torch.ops.velora)
-from velora_fx.module_state import CARRIER
+import velora_fx.ops.velora  # noqa: F401  (defines torch.ops.velora)
 from velora_fx.passes.find_products import find_products
 
+CARRIER = "_carrier"  # after the name of the weight that a carrier stands for
 Key = TypeVar("Key", bound=Hashable)
 
 

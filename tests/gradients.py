@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import velora_fx
-from velora_fx.region import Region
+from velora_fx.runtime import Region
 
 
 def tightest(model: nn.Module, example_inputs: Any, **options: Any) -> velora_fx.Plan:

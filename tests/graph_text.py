@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from velora_fx.capture import capture
-from velora_fx.module_state import state_of
+from velora_fx.capture import state_of
+from velora_fx.capture.export import capture
 from velora_fx.passes import PREPARE, run
 
 _SHORT = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.int64: "i64"}

@@ -14,12 +14,12 @@ from torch._inductor import config
 
 from tests.allocator import peak_of
 from tests.gradients import assert_same_gradients, compressed_weights, step
-from velora_fx.analysis import Analysis, analyse
-from velora_fx.inductor import without_kernels
-from velora_fx.installing import install
+from velora_fx.analyse import Analysis, analyse
+from velora_fx.capture import find_blocks
+from velora_fx.choose.search import Search
 from velora_fx.options import Options, planning_device
-from velora_fx.regions import find_blocks
-from velora_fx.search import Search
+from velora_fx.runtime import install
+from velora_fx.simulate.compiled.inductor import without_kernels
 
 TOLERANCE = {"eager": 0.02, "inductor": 0.03, "blocks": 0.03}
 LossOf = Callable[[Any], Tensor]

@@ -19,7 +19,7 @@ import velora_fx
 from tests.gradients import assert_same_gradients, compressed_weights, rebuilt_inputs, regions_of, step, tightest
 from tests.toys import Block, compressed, rows, stack
 from tests.zoo import ZOO, loss_of
-from velora_fx.fake import fake_copy, fake_mode
+from velora_fx.simulate import fake_copy, fake_mode
 
 LLAMA = next(case for case in ZOO if case.name == "llama")
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 from transformers.tokenization_utils_base import BatchEncoding
 
-from velora_fx.arguments import example_call, flatten, unflatten, without_empty_caches
+from velora_fx.capture import example_call, flatten, without_empty_caches
+from velora_fx.capture.arguments import unflatten
 
 few = settings(max_examples=100, deadline=None, derandomize=True)
 Pair = namedtuple("Pair", "first second")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import TOOLS
-from velora_fx import ops
+from velora_fx.ops import velora as ops
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from velora_fx.overhead import CONTEXT, FIXED_BYTES
+from velora_fx.devices import FIXED_BYTES
+from velora_fx.peaks import CONTEXT
 
 GIB = 2**30
 VELORA, TINY = "velora-factored-compiled", ["full7b", "--device", "cpu", "--models", "llama-tiny"]

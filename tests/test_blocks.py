@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tests.test_memory import batch_of, llama
 from tests.toys import Stack, rows, stack
-from velora_fx.analysis import Analysis, analyse
+from velora_fx.analyse import Analysis, analyse
 from velora_fx.options import Options
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.graph_text import operations
-from velora_fx.cache_filling import filling_graph, tensors_inside
-from velora_fx.module_state import state_of
+from velora_fx.capture import state_of, tensors_inside
+from velora_fx.simulate.compiled.cache_filling import filling_graph
 
 
 class Cache:

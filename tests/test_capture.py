@@ -24,10 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.allocator import peak_of
 from tests.graph_text import graph_text, operations
-from velora_fx.arguments import flatten
-from velora_fx.capture import CaptureError, capture
-from velora_fx.graphs import Call, RegionGraph, find_graph, key_of, make_graph
-from velora_fx.module_state import state_of
+from velora_fx.capture import Call, RegionGraph, find_graph, flatten, key_of, make_graph, state_of
+from velora_fx.capture.export import CaptureError, capture
 
 WIDTH = 8
 kernel_runs: list[int] = []

@@ -88,7 +88,7 @@ def test_a_failed_optimize_leaves_the_carriers_and_their_optimizer_as_they_were(
 def _broken_install():
     from unittest import mock
 
-    return mock.patch("velora_fx.installed.install_checkpointing", side_effect=RuntimeError("no room"))
+    return mock.patch("velora_fx.session.install_checkpointing", side_effect=RuntimeError("no room"))
 
 
 def test_a_name_that_is_taken_is_refused_and_the_model_left_alone():

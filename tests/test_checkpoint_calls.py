@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from velora_fx.checkpoint_calls import Checkpoint, inlined_checkpoints, noted_checkpoints
+from velora_fx.capture import Checkpoint, inlined_checkpoints, noted_checkpoints
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -15,7 +15,7 @@ from tests.gradients import assert_same_gradients, step
 from tests.test_memory import batch_of, bert, gpt2, llama, measured_peak
 from tests.toys import Block, Stack, rows, stack, without_dropout
 from tests.zoo import loss_of
-from velora_fx.checkpointing import Checkpointed, install_checkpointing
+from velora_fx.runtime import Checkpointed, install_checkpointing
 
 
 def ends(model: nn.Module, batch: Any, **options: Any) -> tuple[int, int]:

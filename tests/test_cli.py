@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import pickle
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from velora_fx.cli import main
+from velora_fx.cli.main import main
 from velora_fx.plans import Plan
-from velora_fx.timeline import CATEGORIES
+from velora_fx.simulate.timeline import CATEGORIES
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
@@ -177,25 +175,6 @@ def test_factored_gradients_shrink_state_and_show_in_the_report_and_the_json(
     assert "gradient, state before" in out and "factored: they, the optimizer's state and all-reduce" in out
 
 
-@pytest.mark.slow
-def test_a_step_that_fits_compiled_alone_is_said_to(net: str, capsys: pytest.CaptureFixture[str]) -> None:
-    step = ["--model", f"{net}:fusable", "--device", "cpu"]
-    options = [*step, "--budget-gb"]
-    assert main([*options, TOO_LITTLE]) == 1
-    assert "--target inductor" not in capsys.readouterr().err  # its parameters alone do not fit
-    eager, compiled = (_tightest([*step, "--target", target], capsys) for target in ("eager", "inductor"))
-    assert compiled < eager
-    assert main([*options, str((eager + compiled) / 2 / GIB)]) == 1
-    assert "With --target inductor (torch.compile) it fits:" in capsys.readouterr().err
-    assert main([*options, str(0.9 * compiled / GIB)]) == 1
-    assert "it fits" not in capsys.readouterr().err
-
-
-def _tightest(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> int:
-    assert main([*arguments, "--budget-gb", TOO_LITTLE, "--json"]) == 1
-    return int(json.loads(capsys.readouterr().out)["planned"]["peak_bytes"])
-
-
 def test_accumulated_gradients_are_held_through_the_whole_step(
     llama: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -219,133 +198,14 @@ def test_a_plot_is_written_beside_the_report_also_of_a_plan_that_does_not_fit(
         assert "predicted peak" in capsys.readouterr().out
 
 
-def test_a_snapshot_is_written_beside_the_report_also_of_a_plan_that_does_not_fit(
-    llama: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "plan.pickle"
-    for budget, code in ((TIGHT, 0), (TOO_LITTLE, 1)):
-        assert main([*llama, "--budget-gb", budget, "--snapshot", str(path)]) == code
-        assert "at the peak" in capsys.readouterr().out
-        names = {event["frames"][0]["name"] for event in pickle.loads(path.read_bytes())["device_traces"][0][:-1]}
-        assert {"lm_head.weight", "lm_head: linear [8, 32, 96] float32", "input_ids"} <= names
-        path.unlink()
-
-
-def test_a_snapshot_that_cannot_be_written_is_bad_input(
-    llama: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([*llama, "--budget-gb", ENOUGH, "--snapshot", str(tmp_path / "missing" / "plan.pickle")]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and "missing" in err and err.count("\n") == 1
-
-
-@pytest.mark.parametrize("path", ["plan.gif", "no/such/folder/plan.svg"])
-def test_a_plot_that_cannot_be_written_is_bad_input(
-    llama: list[str], path: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([*llama, "--budget-gb", ENOUGH, "--plot", path]) == 2
-    out, error = capsys.readouterr()
-    assert out == "" and path in error and error.count("\n") == 1
-
-
-def test_a_preset_is_planned_for_by_name(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--model", "llama-60m", "--seq-len", "128", "--budget-gb", "80"]) == 0
-    assert "model.layers.0-7 x8" in capsys.readouterr().out
-
-
-def test_a_factory_in_the_current_folder_is_planned_for(net: str, capsys: pytest.CaptureFixture[str]) -> None:
-    path = list(sys.path)
-    assert main(["--model", f"{net}:make", "--device", "cpu", "--json"]) == 0
-    data = json.loads(capsys.readouterr().out)
-    assert [decision["consumers"] for decision in data["decisions"]][:2] == [["layers.0.2"], ["layers.1.0"]]
-    assert sys.path == path
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "the following arguments are required: --model"),
-        (["--model", "llama-8b"], "unknown model 'llama-8b': pass one of the presets llama-60m, llama-130m"),
-        (["--model", "llama-60m", "--budget-gb", "0"], "budget_gb must be a positive number of GiB, got 0.0"),
-        (["--model", "llama-60m", "--budget-gb", "nan"], "budget_gb must be a positive number of GiB, got nan"),
-        (["--model", "llama-60m", "--budget-gb", "24GB"], "budget_gb must be a number of GiB"),
-        (["--model", "llama-60m", "--batch-size", "0"], "batch_size must be a positive integer, got 0"),
-        (["--model", "llama-60m", "--batch-size", "two"], "argument --batch-size: invalid int value: 'two'"),
-        (["--model", "llama-60m", "--sub-token-sizes", "16;32"], "--sub-token-sizes must be integers such as 16,32"),
-        (["--model", "llama-60m", "--sub-token-sizes", "1"], "sub_token_sizes must be integers of at least 2"),
-        (["--model", "llama-60m", "--optimizer", "lion"], "optimizer must be 'adamw', 'sgd', 'none'"),
-        (["--model", "llama-60m", "--optimizer", "torch.optim:Lion"], "the module torch.optim has no 'Lion'"),
-        (["--model", "llama-60m", "--dtype", "float8"], "argument --dtype: invalid choice: 'float8'"),
-        (["--model", "missing/config.json"], "there is no config file missing/config.json"),
-        (["--model", "no_such_package:make"], "importing 'no_such_package' raised ModuleNotFoundError"),
-    ],
-)
-def test_bad_input_is_one_line_on_stderr_and_exit_code_2(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("velora-plan: ") and message in err
-    assert err.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("factory", "message"),
-    [
-        ("raising", "raised RuntimeError: no luck at all"),
-        ("mismatched", "raised RuntimeError: "),
-        ("none", "has no 'none'"),
-    ],
-)
-def test_a_factory_or_model_that_fails_is_one_line_on_stderr_and_exit_code_2(
-    net: str, factory: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["--model", f"{net}:{factory}", "--device", "cpu"]) == 2
-    err = capsys.readouterr().err
-    assert message in err and err.count("\n") == 1
-
-
-def test_without_transformers_a_preset_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    assert main(["--model", "llama-60m"]) == 2
-    assert 'pip install "velora-fx[demo]"' in capsys.readouterr().err
-
-
-def test_an_error_of_the_library_keeps_its_traceback_and_is_no_verdict(
-    llama: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def broken(*_: Any, **__: Any) -> None:
-        raise AssertionError("a bug")
-
-    monkeypatch.setattr("velora_fx.plan", broken)
-    assert main(llama) == 3
-    assert "Traceback" in capsys.readouterr().err
-
-
-def test_planning_changes_no_random_state(net: str, capsys: pytest.CaptureFixture[str]) -> None:
-    before = torch.get_rng_state()
-    assert main(["--model", f"{net}:make", "--device", "cpu"]) == 0
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_the_tool_works_from_a_bare_checkout_in_any_folder(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tools" / "plan.py"), "--help"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and done.stderr == ""
-    assert "examples:" in done.stdout and "exit codes:" in done.stdout
-
-
 def test_files_that_could_not_be_written_are_refused_before_anything_is_planned(
     llama: list[str], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def planned(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("planned")
 
-    monkeypatch.setattr("velora_fx.cli.presets.load", planned)
-    for files in (["--plot", "x.jpg"], ["--snapshot", str(tmp_path / "no" / "x")], ["--sweep", "1", "--plot", "x.gif"]):
+    monkeypatch.setattr("velora_fx.cli.main.presets.load", planned)
+    for files in (["--plot", "x.jpg"], ["--plot", str(tmp_path / "no" / "x.svg")]):
         assert main([*llama, *files]) == 2
     assert "no folder" in capsys.readouterr().err
 

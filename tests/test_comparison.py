@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from velora_fx.comparison import Pair, compare_categories, compare_peaks, mismatch
-from velora_fx.overhead import with_overhead
-from velora_fx.timeline import Measured, Peak
+from velora_fx.devices import with_overhead
+from velora_fx.peaks import Measured, Pair, Peak, compare_categories, compare_peaks, mismatch
 
 MIB = 2**20
 BREAKDOWN = {"parameters": 300, "buffers": 0, "gradients": 100, "optimizer": 200, "activations": 350, "temporary": 50}

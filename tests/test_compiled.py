@@ -14,16 +14,12 @@ from tests.padding import padded_products
 from tests.peaks import assert_near, assert_predicted, measured_peak, predict
 from tests.toys import Stack, rows, stack, without_dropout
 from tests.zoo import loss_of
-from velora_fx.analysis import Actions
-from velora_fx.compiled import Apart, CompiledForward, compiled_forward, unobserved
+from velora_fx.analyse import Actions
+from velora_fx.analyse.probe import probe
 from velora_fx.devices import device_rates
-from velora_fx.fake import fake_copy, fake_mode
-from velora_fx.inductor import Inductor
-from velora_fx.opaque import all_calls, inner_calls
-from velora_fx.probe import probe
-from velora_fx.simulate import simulate_forward
-from velora_fx.step_time import StepTimer
-from velora_fx.tracker import Tracker
+from velora_fx.simulate import StepTimer, Tracker, fake_copy, fake_mode, simulate_forward
+from velora_fx.simulate.compiled import Apart, Inductor, all_calls, compiled_forward, inner_calls, unobserved
+from velora_fx.simulate.compiled.program import CompiledForward
 
 CPU = torch.device("cpu")
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.peaks import measured_peak, predict
-from velora_fx.analysis import Actions
-from velora_fx.search import Search
+from velora_fx.analyse import Actions
+from velora_fx.choose.search import Search
 
 WITHIN = 0.01
 

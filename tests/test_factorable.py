@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from velora_fx.factorable import not_factorable
-from velora_fx.probe import Use
+from velora_fx.analyse.factorable import not_factorable
+from velora_fx.analyse.probe import Use
 
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -110,7 +110,7 @@ def test_a_call_that_cannot_be_captured_is_refused() -> None:
 
 def test_too_many_kinds_of_calls_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = pair("stack").copies()
-    monkeypatch.setattr("velora_fx.region.MAX_GRAPHS", 1)
+    monkeypatch.setattr("velora_fx.runtime.region.MAX_GRAPHS", 1)
     refused(model, lambda: model(rows().double(), torch.ones(4, 8, 1, dtype=torch.float64)), "in a new way")
 
 

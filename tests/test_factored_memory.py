@@ -13,7 +13,7 @@ from torch import nn
 import velora_fx
 from tests.factored import CASES, carriers, loss_value
 from tests.gradients import tightest
-from velora_fx import presets
+from velora_fx.cli import presets
 
 SIZE = 32
 

@@ -15,9 +15,8 @@ from torch.nn import functional as F
 
 from tests.allocator import peak_of
 from tests.zoo import ZOO
-from velora_fx.fake import fake_copy, fake_mode, fake_tensor, kernels_of
-from velora_fx.ops import compress
-from velora_fx.tracker import Tracker
+from velora_fx.ops.velora import compress
+from velora_fx.simulate import Tracker, fake_copy, fake_mode, fake_tensor, kernels_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 few = settings(max_examples=60, deadline=None, derandomize=True)

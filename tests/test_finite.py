@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import velora_fx
 from tests.gradients import compressed_weights, tightest
 from tests.peaks import measured_peak, predict
-from velora_fx.fake import fake_copy, fake_mode, kernels_of
+from velora_fx.simulate import fake_copy, fake_mode, kernels_of
 
 CPU = torch.device("cpu")
 WIDTH = 64

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from tests.allocator import peak_of
-from velora_fx.fake import fake_copy, fake_mode
-from velora_fx.fold import fold
+from velora_fx.ops import fold
+from velora_fx.simulate import fake_copy, fake_mode
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 

@@ -15,7 +15,7 @@ import velora_fx
 from tests.factored import assert_same_weights, carriers, loss_value, pair
 from tests.gradients import tightest
 from tests.toys import rows
-from velora_fx.module_state import carriers_of
+from velora_fx.capture import carriers_of
 
 
 class Sub(torch.optim.AdamW):
@@ -251,7 +251,7 @@ def test_trying_an_optimizer_leaves_its_own_attributes_alone():
 
 def test_schedules_of_other_settings_are_not_tried_anew(monkeypatch):
     tried = []
-    monkeypatch.setattr("velora_fx.folding.check_exactness", lambda *taken: tried.append(taken))
+    monkeypatch.setattr("velora_fx.runtime.factored_step.check_exactness", lambda *taken: tried.append(taken))
     model, _ = pair("stack").copies()
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=30)

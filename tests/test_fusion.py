@@ -15,8 +15,8 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.fx import Graph, Node
 from torch.nn import functional as F
 
-from velora_fx.ops import compress, linear
-from velora_fx.projection import sign_projection
+from velora_fx.ops import sign_projection
+from velora_fx.ops.velora import compress, linear
 
 ROWS, WIDTH, INNER, SIZE = 96, 64, 160, 16
 

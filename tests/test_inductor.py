@@ -14,13 +14,12 @@ from torch._inductor import config
 from tests.allocator import peak_of
 from tests.graph_text import prepared
 from tests.toys import Block
+from velora_fx.capture import state_of
 from velora_fx.devices import device_rates
-from velora_fx.fake import fake_copy, fake_mode
-from velora_fx.inductor import Inductor, _generated, without_kernels
-from velora_fx.module_state import state_of
 from velora_fx.passes.kept_for_backward import Kept
-from velora_fx.step_time import StepTimer
-from velora_fx.tracker import Tracker
+from velora_fx.simulate import StepTimer, Tracker, fake_copy, fake_mode
+from velora_fx.simulate.compiled import Inductor
+from velora_fx.simulate.compiled.inductor import _generated, without_kernels
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import velora_fx
 from tests.gradients import regions_of, tightest
 from tests.toys import rows, stack
-from velora_fx.stand_in import STATE
+from velora_fx.runtime import STATE
 
 BATCH = (rows(16, 64),)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from velora_fx.kept import KeptTensors
+from velora_fx.analyse import Findings
+from velora_fx.analyse.compiler_saves import KeptTensors
+from velora_fx.analyse.probe import Use
 from velora_fx.passes.kept_for_backward import Kept
-from velora_fx.probe import Findings, Use
-from velora_fx.tracker import Tracker
+from velora_fx.simulate import Tracker
 
 USES = {
     ("blocks.0", "up"): Use("blocks.0", "up", "up.weight", "blocks.0.up.weight", None),

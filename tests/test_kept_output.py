@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import velora_fx
 from tests.allocator import peak_of
 from tests.toys import AfterBlocks, rows, stack
-from velora_fx.units import in_units
+from velora_fx.names import in_units
 
 WORDS = 4096
 

@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from tests.test_distributed import on_two_ranks
-from velora_fx.local_shards import local_shard
+from velora_fx.runtime.shards import local_shard
 
 
 def test_plain_tensors_are_taken_whole_and_transposed_weights_turned():

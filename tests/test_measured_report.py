@@ -7,9 +7,9 @@ from dataclasses import replace
 from expecttest import assert_expected_inline
 
 from tests.test_report import GIB, plan
-from velora_fx.measured_report import mismatch_text
+from velora_fx.peaks import Measured
 from velora_fx.plans import Input
-from velora_fx.timeline import Measured
+from velora_fx.report.measured import mismatch_text
 
 
 def real_step(optimizer: int = 0) -> Measured:

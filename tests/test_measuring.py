@@ -23,9 +23,10 @@ from tests.allocator import peak_of
 from tests.gradients import tightest
 from tests.test_memory import measured_peak, tensor_bytes
 from tests.toys import rows, stack
-from velora_fx.installed import Installed
-from velora_fx.measuring import Measurement, _Step
-from velora_fx.timeline import Curve, Measured, Peak
+from velora_fx.peaks import Curve, Measured, Peak
+from velora_fx.runtime import Measurement
+from velora_fx.runtime.measure import _Step
+from velora_fx.session import Installed
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports its start and end on stderr
 
@@ -462,14 +463,14 @@ def test_on_cuda_it_reads_the_allocators_statistics(monkeypatch: pytest.MonkeyPa
 def test_a_plan_for_cuda_is_measured_where_that_is_asked_for(asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = velora_fx.plan(stack(), 4, (rows(),), device="cuda")
     found: list[Any] = []
-    monkeypatch.setattr("velora_fx.installed.Measurement", lambda *given: found.append(given[1:3]))
-    installing = velora_fx.installed.install
+    monkeypatch.setattr("velora_fx.session.Measurement", lambda *given: found.append(given[1:3]))
+    installing = velora_fx.session.install
 
     def install(*given: Any) -> Any:  # planning itself is not to look for a GPU
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         return installing(*given)
 
-    monkeypatch.setattr("velora_fx.installed.install", install)
+    monkeypatch.setattr("velora_fx.session.install", install)
     velora_fx.optimize(stack(), plan=plan, example_inputs=(rows(),), measure=asked)
     assert found == ([(plan.planned, "cuda")] if asked else [])
 

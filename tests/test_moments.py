@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from velora_fx.moments import find_moments
-from velora_fx.solver import Item
-from velora_fx.timeline import Timeline
+from velora_fx.choose.moments import find_moments
+from velora_fx.choose.solver import Item
+from velora_fx.simulate import Timeline
 
 
 @st.composite

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tests.toys import compressed, rows, stack, without_dropout
-from velora_fx.region import MAX_GRAPHS
+from velora_fx.runtime.region import MAX_GRAPHS
 
 
 @pytest.fixture(autouse=True)

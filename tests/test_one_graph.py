@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from velora_fx.fake import fake_mode, fake_tensor
-from velora_fx.one_graph import OneGraph
-from velora_fx.tracker import Tracker
+from velora_fx.simulate import Tracker, fake_mode, fake_tensor
+from velora_fx.simulate.compiled.one_node import OneGraph
 
 
 def run(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -11,12 +11,11 @@ from torch.fx import Graph, GraphModule
 from torch.utils.checkpoint import checkpoint
 
 from tests.toys import Stack, rows, stack
-from velora_fx.fake import fake_copy, fake_mode
-from velora_fx.limits import CaptureError
-from velora_fx.opaque import BlockCall, inner_calls, record, replay
-from velora_fx.probe import probe
-from velora_fx.simulate import simulate_forward
-from velora_fx.tracker import Tracker
+from velora_fx.analyse.probe import probe
+from velora_fx.capture import CaptureError
+from velora_fx.simulate import Tracker, fake_copy, fake_mode, simulate_forward
+from velora_fx.simulate.compiled import inner_calls
+from velora_fx.simulate.compiled.block_calls import BlockCall, record, replay
 
 
 def calls(kinds: str) -> list[BlockCall]:

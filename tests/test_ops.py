@@ -20,8 +20,8 @@ from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from velora_fx import ops
-from velora_fx.ops import compress, compress_reference, expand, linear
+from velora_fx.ops import velora as ops
+from velora_fx.ops.velora import compress, compress_reference, expand, linear
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -488,7 +488,7 @@ def test_linear_refuses_a_bad(case, fake):
 def test_importing_the_operators_leaves_inductor_unimported():
     check = (
         "import sys, types; package = sys.modules['velora_fx'] = types.ModuleType('velora_fx'); "
-        f"package.__path__ = [{str(Path(ops.__file__).parent)!r}]; import velora_fx.ops; "
+        f"package.__path__ = [{str(Path(ops.__file__).parent)!r}]; import velora_fx.ops.velora; "
         "sys.exit('torch._inductor' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

@@ -15,7 +15,7 @@ import velora_fx
 from tests.gradients import assert_same_gradients, compressed_weights, step, tightest
 from tests.peaks import measured_peak, predict
 from tests.zoo import loss_of
-from velora_fx.module_state import attached_tensors
+from velora_fx.capture import attached_tensors
 
 SPEECH: dict[str, Any] = {
     "vocab_size": 32,

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from velora_fx.overhead import FIXED_BYTES, FRAGMENTATION, overhead_of, tensors_within, with_overhead
-from velora_fx.timeline import Peak
+from velora_fx.devices import FIXED_BYTES, overhead_of, tensors_within, with_overhead
+from velora_fx.peaks import FRAGMENTATION, Peak
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GIB = 2**30

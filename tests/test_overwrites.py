@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import velora_fx
 from tests.gradients import assert_same_gradients, compressed_weights, step
-from velora_fx.checkpointing import install_checkpointing
+from velora_fx.runtime import install_checkpointing
 
 WIDTH = 32
 

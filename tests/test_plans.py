@@ -9,7 +9,7 @@ import pytest
 
 import velora_fx
 from tests.toys import rows, stack
-from velora_fx.timeline import Measured
+from velora_fx.peaks import Measured
 
 
 @pytest.fixture(scope="module")

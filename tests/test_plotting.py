@@ -14,8 +14,8 @@ import pytest
 import velora_fx
 from tests.gradients import tightest
 from tests.toys import rows, stack
-from velora_fx.timeline import CATEGORIES
-from velora_fx.units import in_units
+from velora_fx.names import in_units
+from velora_fx.simulate.timeline import CATEGORIES
 
 pytest.importorskip("matplotlib")
 

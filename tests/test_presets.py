@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from velora_fx.presets import import_path, load
+from velora_fx.cli.presets import import_path, load
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

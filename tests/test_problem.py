@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from tests.peaks import assert_near, measured_peak
 from tests.toys import rows, stack, without_dropout
-from velora_fx.analysis import Actions, Analysis, analyse
-from velora_fx.installing import install
+from velora_fx.analyse import Actions, Analysis, analyse
+from velora_fx.choose.problem import Problem
+from velora_fx.choose.search import Search
 from velora_fx.options import Options
-from velora_fx.problem import Problem
-from velora_fx.search import Search
+from velora_fx.runtime import install
 
 
 def analysis_of(model: nn.Module, batch: dict[str, Tensor], **options: object) -> Analysis:

@@ -13,8 +13,8 @@ from scipy import optimize
 
 import velora_fx
 from tests.toys import rows, stack
-from velora_fx.cli import main
-from velora_fx.programs import silent_descriptors
+from velora_fx.choose.programs import silent_descriptors
+from velora_fx.cli.main import main
 
 
 @pytest.fixture

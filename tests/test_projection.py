@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from velora_fx.projection import mean_projection, sign_projection
+from velora_fx.ops import mean_projection, sign_projection
 
 few = settings(max_examples=30, deadline=None, derandomize=True)
 ARGUMENTS = (3, "model.layers.0", "mlp.down_proj.input", 4, 8)
@@ -39,9 +39,8 @@ def test_both_signs_are_equally_likely_and_rows_are_independent():
 
 
 def test_a_fresh_process_makes_the_same_signs():
-    code = (
-        f"from velora_fx.projection import sign_projection; print(sign_projection(*{ARGUMENTS}).sign().int().tolist())"
-    )
+    made = f"sign_projection(*{ARGUMENTS}).sign().int().tolist()"
+    code = f"from velora_fx.ops import sign_projection; print({made})"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True
     )

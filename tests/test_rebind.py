@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import velora_fx
 from tests.gradients import compressed_weights, tightest
 from tests.toys import rows, stack
-from velora_fx.fake import fake_copy, fake_mode
+from velora_fx.simulate import fake_copy, fake_mode
 
 OLD: Any = None
 

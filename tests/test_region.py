@@ -22,7 +22,7 @@ import velora_fx
 from tests.gradients import assert_same_gradients, compressed_weights, rebuilt_inputs, regions_of, tightest
 from tests.toys import Block, compressed, rows, stack
 from tests.zoo import ZOO
-from velora_fx.region import MAX_GRAPHS
+from velora_fx.runtime.region import MAX_GRAPHS
 
 
 def check(

@@ -14,8 +14,8 @@ import velora_fx
 from tests import zoo
 from tests.peaks import assert_near, measured_peak, predict
 from tests.toys import Stack, rows, stack, without_dropout
-from velora_fx.analysis import Actions
-from velora_fx.installing import install
+from velora_fx.analyse import Actions
+from velora_fx.runtime import install
 
 
 def batch() -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.zoo import ZOO, Case
-from velora_fx.regions import child_regions, find_regions, has_trainable_matrix
+from velora_fx.capture import child_regions, find_regions, has_trainable_matrix
 
 WIDTH = 8
 

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import pytest
 from expecttest import assert_expected_inline
 
+from velora_fx.names import collapse, compact
+from velora_fx.peaks import Group, Peak
 from velora_fx.plans import Decision, Input, Plan, Skipped
-from velora_fx.report import collapse, compact
-from velora_fx.timeline import Group, Peak
 
 GIB, MIB = 2**30, 2**20
 CATEGORIES = ("parameters", "buffers", "gradients", "optimizer", "activations", "temporary")

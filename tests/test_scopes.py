@@ -15,12 +15,9 @@ import velora_fx
 from tests.gradients import tightest
 from tests.toys import rows, stack
 from velora_fx.devices import device_rates
-from velora_fx.fake import fake_copy, fake_mode
-from velora_fx.optimizers import optimizer_factory
-from velora_fx.scopes import Scopes
-from velora_fx.simulate import default_loss, make_tracker, simulate
-from velora_fx.step_time import StepTimer
-from velora_fx.timeline import Timeline
+from velora_fx.runtime import optimizer_factory
+from velora_fx.simulate import StepTimer, Timeline, default_loss, fake_copy, fake_mode, make_tracker, simulate
+from velora_fx.simulate.scopes import Scopes
 
 CPU = torch.device("cpu")
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import velora_fx.search
+import velora_fx.choose.search
 from tests.toys import AfterBlocks, rows, stack, without_dropout
 from tests.zoo import ZOO, loss_of
-from velora_fx.analysis import Actions, Analysis, analyse
+from velora_fx.analyse import Actions, Analysis, analyse
+from velora_fx.choose.search import Search
+from velora_fx.choose.solver import RELATIVE_GAP, Item, Moment, choose
 from velora_fx.options import Options
-from velora_fx.search import Search
-from velora_fx.solver import RELATIVE_GAP, Item, Moment, choose
 
 CASES = {case.name: case for case in ZOO}
 POINTS = 20
@@ -57,7 +57,7 @@ def test_which_of_equally_dear_solutions_the_solver_finds_does_not_matter(monkey
     analysis = analysis_of("gpt2")
     peaks = []
     for seed in (0, 3):
-        monkeypatch.setattr(velora_fx.search, "choose", partial(choose_among_equals, seed))
+        monkeypatch.setattr(velora_fx.choose.search, "choose", partial(choose_among_equals, seed))
         search = Search(analysis, compresses=True, recomputes=False)
         smallest, untouched = search.tightest[1].peak_bytes, analysis.baseline.peak_bytes
         budgets = [smallest + (untouched - smallest) * number // 19 for number in (1, 18)]
@@ -180,6 +180,6 @@ def test_no_plan_is_dearer_than_everything_at_one_size_that_fits(name: str) -> N
 def test_where_the_solver_finds_nothing_cheap_everything_at_one_size_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     search = TOYS["modulated"]()
     smallest, untouched = search.tightest[1].peak_bytes, search.analysis.baseline.peak_bytes
-    monkeypatch.setattr(velora_fx.search, "choose", lambda *_: None)
+    monkeypatch.setattr(velora_fx.choose.search, "choose", lambda *_: None)
     actions, peak = search.within(smallest + (untouched - smallest) // 3)
     assert actions == search.problem.all_at(1) and peak.peak_bytes < smallest + (untouched - smallest) // 3

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from velora_fx.solver import Item, Moment, _trimmed, choose, highest_levels
+from velora_fx.choose.solver import Item, Moment, _trimmed, choose, highest_levels
 
 GAP = 1e-4  # of the optimal cost, as the solver promises; the trim afterwards only lowers it
 few = settings(max_examples=150, deadline=None, derandomize=True)
@@ -325,7 +325,7 @@ def test_a_model_of_ordinary_size_is_solved_within_the_promised_gap(share, monke
         needed, bound = needed - taken, bound + slope * taken
     largest_step = max(item.costs[0] for item in items)
     assert bound * (1 - 1e-9) <= Instance(items, moments, budget).cost(levels) <= bound * (1 + GAP) + largest_step
-    monkeypatch.setattr("velora_fx.solver.RELATIVE_GAP", 0.0)
+    monkeypatch.setattr("velora_fx.choose.solver.RELATIVE_GAP", 0.0)
     exact = Instance(items, moments, budget).solved()
     assert exact is not None
     cost = Instance(items, moments, budget).cost
@@ -353,7 +353,7 @@ def test_from_everything_compressed_levels_are_lowered_until_none_can_be(instanc
 
 
 def test_where_the_solver_finds_nothing_in_time_everything_is_compressed_that_has_to_be(monkeypatch):
-    monkeypatch.setattr("velora_fx.solver._solve", lambda items, constraints, seconds: None)
+    monkeypatch.setattr("velora_fx.choose.solver._solve", lambda items, constraints, seconds: None)
     items = (Item("a", (4, 8), (2.0, 3.0)), Item("b", (4,), (1.0,)))
     assert choose(items, (Moment(20, ((0, 1), (1, 1))),), 9) == (2, 1)
     assert choose(items, (Moment(20, ((0, 1), (1, 1))),), 12) == (2, 0)
@@ -369,7 +369,7 @@ def test_a_lower_moment_counts_at_which_something_is_alive_that_takes_more_than_
 @given(instances())
 def test_what_the_solver_compresses_too_far_is_lowered(instance):
     everything = sum(len(item.costs) for item in instance.items)
-    with mock.patch("velora_fx.solver._solve", lambda *_: np.ones(everything, dtype=int)):
+    with mock.patch("velora_fx.choose.solver._solve", lambda *_: np.ones(everything, dtype=int)):
         levels = instance.solved()
     assume(levels is not None)
     for index, level in enumerate(levels):

@@ -15,9 +15,9 @@ from torch import nn
 import velora_fx
 from tests.toys import AfterBlocks, rows, stack
 from velora_fx import devices
-from velora_fx.analysis import Actions, analyse
+from velora_fx.analyse import Actions, analyse
+from velora_fx.choose.speed import Kind, choose_sizes, faster, saved_seconds
 from velora_fx.options import Options
-from velora_fx.speed import Kind, choose_sizes, faster, saved_seconds
 
 few = settings(max_examples=60, deadline=None, derandomize=True)
 

@@ -10,8 +10,7 @@ import transformers as hf
 from torch.utils.flop_counter import FlopCounterMode
 
 from velora_fx.devices import ATTAINED, Device
-from velora_fx.fake import fake_copy, fake_mode
-from velora_fx.step_time import StepTimer
+from velora_fx.simulate import StepTimer, fake_copy, fake_mode
 
 ARITHMETIC = Device(
     "arithmetic alone", 2 * ATTAINED**-1, ATTAINED**-1, math.inf, 0.0

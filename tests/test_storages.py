@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import velora_fx
 from tests.peaks import measured_peak, predict
-from velora_fx.fake import fake_mode, fake_tensor, kernels_of
+from velora_fx.simulate import fake_mode, fake_tensor, kernels_of
 
 CPU = torch.device("cpu")
 ROWS, OTHER, IDS = torch.rand(64, 32).clamp(0.1, 0.9), torch.rand(64, 32).clamp(0.1, 0.9), torch.randint(0, 32, (64,))

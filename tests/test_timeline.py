@@ -13,7 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from velora_fx.timeline import CATEGORIES, Group, Label, Place, Timeline
+from velora_fx.peaks import Group
+from velora_fx.simulate import Timeline
+from velora_fx.simulate.timeline import CATEGORIES, Label, Place
 
 few = settings(max_examples=200, deadline=None, derandomize=True)
 

@@ -16,8 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.allocator import peak_of, point, totals_at_points
 from tests.zoo import ZOO, loss_of
-from velora_fx.fake import fake_copy, fake_mode, fake_tensor
-from velora_fx.tracker import Tracker
+from velora_fx.simulate import Tracker, fake_copy, fake_mode, fake_tensor
 
 few = settings(max_examples=100, deadline=None, derandomize=True)
 ITEM = 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from velora_fx.units import in_units
+from velora_fx.names import in_units
 
 GIB, MIB = 2**30, 2**20
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from tests.toys import rows, stack
-from velora_fx.analysis import analyse
+from velora_fx.analyse import analyse
+from velora_fx.choose.updates import find_freed, updates_of
 from velora_fx.options import Options
-from velora_fx.updates import find_freed, updates_of
 
 
 def analysed(optimizer: str):

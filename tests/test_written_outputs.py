@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from tests.gradients import assert_same_gradients, compressed_weights
 from tests.toys import compressed
-from velora_fx.ops import compress, linear
+from velora_fx.ops.velora import compress, linear
 
 WIDTH = 16
 

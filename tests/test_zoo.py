@@ -13,10 +13,10 @@ from torch import nn
 import velora_fx
 from tests.gradients import assert_same_gradients, compressed_weights, rebuilt_inputs, regions_of, step, tightest
 from tests.zoo import ZOO, Case, loss_of
-from velora_fx.fake import fake_copy, fake_mode
-from velora_fx.graphs import Call, key_of, make_graph
-from velora_fx.passes.saved_tensors import Saving, saved_tensors
-from velora_fx.region import make_call
+from velora_fx.capture import Call, key_of, make_graph
+from velora_fx.runtime import make_call
+from velora_fx.simulate import Saving, fake_copy, fake_mode
+from velora_fx.simulate.saved_tensors import saved_tensors
 
 QUICK = ("gpt2", "vit", "llama_lora")
 

@@ -36,7 +36,7 @@ from accuracy_models import CASES, batch_of
 from accuracy_table import BOUNDS, Row, as_json, is_within, table, worst
 
 import velora_fx
-from velora_fx.overhead import WORKSPACES
+from velora_fx.peaks import WORKSPACES
 
 GIB = 2**30
 WITHIN, EXCEEDED, BAD_INPUT = 0, 1, 2

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from velora_fx.presets import PRESETS
+from velora_fx.cli.presets import PRESETS
 
 VOCAB, CLASSES, WIDTH = 1024, 10, 256
 FIRST_WORD = 4  # the ids below it are special tokens

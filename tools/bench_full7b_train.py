@@ -22,7 +22,8 @@ from bench_train import apart
 from torch import Tensor, nn
 
 import velora_fx
-from velora_fx.overhead import CONTEXT, FIXED_BYTES, WORKSPACES
+from velora_fx.devices import FIXED_BYTES
+from velora_fx.peaks import CONTEXT, WORKSPACES
 
 WARM_UP_STEPS = 3  # that are not timed, the last of which tells a CPU's peak
 LEARNING_RATES = {"adamw": 1e-4, "sgd": 0.01}

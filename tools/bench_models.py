@@ -9,7 +9,7 @@ import torch
 from accuracy_models import hugging_face
 from torch import Tensor, nn
 
-from velora_fx.presets import PRESETS
+from velora_fx.cli.presets import PRESETS
 
 SIZES: dict[str, Any] = {
     "vocab_size": 2048, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 3,

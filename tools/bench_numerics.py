@@ -13,9 +13,9 @@ from bench_ops import KEPT, OpCase, projection_of, torch_dtype
 from bench_train import TrainRow, Way, prepare
 from torch import Tensor, nn
 
-from velora_fx import ops
-from velora_fx.fold import fold
-from velora_fx.region import Region
+from velora_fx.ops import fold
+from velora_fx.ops import velora as ops
+from velora_fx.runtime import Region
 
 ROWS = 515  # no multiple of what kernels take at once
 FLOAT_BOUND = 1e-5

@@ -14,8 +14,8 @@ from bench_results import reason_of
 from bench_timing import Timing, copies_to_rotate, time_copy, timed_in_turn
 from torch import Tensor
 
-from velora_fx import fold, ops
-from velora_fx.projection import sign_projection
+from velora_fx.ops import fold, sign_projection
+from velora_fx.ops import velora as ops
 
 Calls: TypeAlias = list[Callable[..., object]]
 
@@ -180,7 +180,7 @@ def _fold(row: OpRow) -> OpRow:
     keep = torch.tensor(KEPT, dtype=torch.float64)
 
     def ours(weight: Tensor, carrier: Tensor) -> Tensor:
-        fold.fold([weight], [carrier], [v], keep)
+        fold([weight], [carrier], [v], keep)
         return weight
 
     calls: Calls = [ours, lambda weight, carrier: plain_fold(weight, carrier, v)]

@@ -24,7 +24,7 @@ from bench_timing import Timing, timed_steps
 from torch import Tensor, nn
 
 import velora_fx
-from velora_fx.overhead import WORKSPACES
+from velora_fx.peaks import WORKSPACES
 
 Row = TypeVar("Row", bound=Any)  # a dataclass with an `error`
 WARM_UP_STEPS = 3  # besides the first; on CUDA optimize measures a peak of its own until the second has ended

@@ -33,7 +33,7 @@ if importlib.util.find_spec("velora_fx") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import velora_fx
-from velora_fx.measuring import watch_cpu
+from velora_fx.runtime.measure import watch_cpu
 
 GIB, MIB = 2**30, 2**20
 HEAD_SIZE = 64

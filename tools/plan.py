@@ -10,7 +10,7 @@ from pathlib import Path
 if importlib.util.find_spec("velora_fx") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from velora_fx.cli import command
+from velora_fx.cli.main import command
 
 if __name__ == "__main__":
     sys.exit(command())

@@ -8,10 +8,15 @@ from typing import Any, TypeVar
 
 import torch
 
-from velora_fx.analysis import analyse
-from velora_fx.arguments import example_call
+from velora_fx.analyse import analyse, check_unwrapped
+from velora_fx.capture import example_call, find_regions
+from velora_fx.choose import Planner
 from velora_fx.first_forward import Request
-from velora_fx.installed import (
+from velora_fx.options import Options, budget_bytes_of, planning_device
+from velora_fx.plans import Plan
+from velora_fx.progress import planning_progress
+from velora_fx.runtime import STATE
+from velora_fx.session import (
     Installed,
     apply,
     apply_at_first_forward,
@@ -19,13 +24,6 @@ from velora_fx.installed import (
     load_projections,
     take_out,
 )
-from velora_fx.options import Options, budget_bytes_of, planning_device
-from velora_fx.planning import Planner
-from velora_fx.plans import Plan
-from velora_fx.progress import planning_progress
-from velora_fx.regions import find_regions
-from velora_fx.stand_in import STATE
-from velora_fx.wrapped import check_unwrapped
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 

@@ -8,37 +8,20 @@ from typing import Any
 
 import torch
 
-from velora_fx.arguments import flatten
-from velora_fx.fake import as_compiled, fake_copy, fake_mode, kernels_of
-from velora_fx.graphs import Call, describe_leaf, find_graph, key_of
-from velora_fx.region import Region, hooks_in, make_call
-from velora_fx.stand_in import uninstall
+from velora_fx.capture import Call, describe_leaf, find_graph, flatten, key_of
+from velora_fx.runtime import ModelHook, Region, hooks_in, make_call, uninstall
+from velora_fx.simulate import as_compiled, fake_copy, fake_mode, kernels_of
 
 MAX_KINDS = 16  # an argument that is another number in each step would be rehearsed in each
 
 
-class CaptureAhead:
-    """A forward pre-hook of a model that is planned for torch.compile: before a call of a new kind it captures the
-    graphs that the regions lack for it, which they cannot while Dynamo traces them.
-
-    Called through `torch.compile(model)` it stays outside of the compiled code, as `BatchWatch` does.
-    """
+class CaptureAhead(ModelHook):
+    """Before a call of a new kind of a model that is planned for torch.compile it captures the graphs that the regions
+    lack for it, which they cannot while Dynamo traces them."""
 
     def __init__(self, regions: Sequence[Region]) -> None:
         self.regions = tuple(regions)
         self.known: set[tuple[Any, ...]] = set()
-        self.handle: Any = None
-
-    def install(self, model: torch.nn.Module) -> None:
-        """Hangs it on the model."""
-        from torch._dynamo.eval_frame import skip_code
-
-        skip_code(CaptureAhead.__call__.__code__)
-        self.handle = model.register_forward_pre_hook(self, with_kwargs=True)
-
-    def remove(self) -> None:
-        """Takes it off the model."""
-        self.handle.remove()
 
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from velora_fx.options import Options
 from velora_fx.plans import Plan
-from velora_fx.stand_in import STATE, StandIn
+from velora_fx.runtime import STATE, StandIn
 
 Apply = Callable[[torch.nn.Module, "Request", tuple[Any, ...], dict[str, Any]], None]
 

@@ -8,11 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from velora_fx.comparison import compare_categories, compare_peaks
-from velora_fx.plotting import plot
-from velora_fx.report import render
-from velora_fx.snapshot import write_snapshot
-from velora_fx.timeline import Curve, Group, Measured, Peak
+from velora_fx.peaks import Curve, Group, Measured, Peak, compare_categories, compare_peaks
 
 SCHEMA = 5
 ROUNDING = 1e-12  # the relative error of a sum of logarithms
@@ -147,24 +143,15 @@ class Plan:
         return tuple(decision for decision in self.decisions if decision.action == "compress")
 
     def __str__(self) -> str:
+        from velora_fx.report import render
+
         return render(self)
 
     def plot(self, path: str | Path) -> None:
         """Draws memory over the step, before and after, as a .svg, .png or .pdf file; needs matplotlib."""
+        from velora_fx.report import plot
+
         plot(self, path)
-
-    def snapshot(self, path: str | Path) -> None:
-        """Writes the planned step, allocation by allocation, as a pickle that https://pytorch.org/memory_viz opens.
-
-        Tensors have the names of their modules. Raises ValueError for a plan without events: they do not survive JSON,
-        copies and pickles.
-        """
-        if self.planned.timeline is None:
-            raise ValueError(
-                "the plan has no events: it was copied, or read from JSON or a pickle, which hold its figures alone; "
-                "make it again with velora_fx.plan"
-            )
-        write_snapshot(self.planned.timeline, path)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, in the schema of `tools/plan.py --json`."""

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch.nn import functional as F
 
 from tests.kernels.machine_code import LOAD, WIDE_LOAD, compiled, ulps
-from velora_fx.kernels.compress import _compress_kernel, compress, compress_naive
+from velora_fx.ops.kernels.compress import _compress_kernel, compress, compress_naive
 
 SHAPES = [
     ((5,), 6, 8),

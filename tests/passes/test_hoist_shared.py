@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.graph_text import operations, prepared
-from velora_fx.module_state import state_of
+from velora_fx.capture import state_of
 from velora_fx.passes.hoist_shared import hoist_shared
 
 HEADS, LENGTH, WIDTH = 2, 6, 8

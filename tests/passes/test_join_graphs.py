@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.graph_text import golden, graph_text, prepared
-from velora_fx.module_state import state_of
+from velora_fx.capture import state_of
 from velora_fx.passes.join_graphs import Piece, join_graphs
 
 WIDTH = 8

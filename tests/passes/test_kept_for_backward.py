@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from tests.graph_text import prepared
 from tests.padding import padded_products
-from velora_fx.module_state import state_of
+from velora_fx.capture import state_of
 from velora_fx.passes.kept_for_backward import Kept, kept_for_backward
 
 ROWS, WIDTH, HIDDEN = 12, 8, 16

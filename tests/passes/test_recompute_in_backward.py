@@ -13,9 +13,9 @@ from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from tests.graph_text import graph_text, prepared
-from velora_fx.checkpointing import CONTEXTS
-from velora_fx.module_state import state_of
+from velora_fx.capture import state_of
 from velora_fx.passes.recompute_in_backward import recompute_in_backward
+from velora_fx.runtime import CONTEXTS
 
 
 class Mlp(nn.Module):

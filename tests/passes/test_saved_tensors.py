@@ -13,10 +13,10 @@ from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from tests.graph_text import graph_text, prepared
-from velora_fx.fake import fake_mode, fake_tensor
-from velora_fx.module_state import state_of
+from velora_fx.capture import state_of
 from velora_fx.passes.find_products import find_products
-from velora_fx.passes.saved_tensors import Saving, saved_tensors
+from velora_fx.simulate import Saving, fake_mode, fake_tensor
+from velora_fx.simulate.saved_tensors import saved_tensors
 
 WIDTH = 16
 

@@ -1,0 +1,314 @@
+"""Finds out everything about a training step of a model that planning needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from velora_fx.analyse.candidates import Candidate, find_candidates, full_name
+from velora_fx.analyse.compiler_saves import KeptTensors
+from velora_fx.analyse.factorable import not_factorable
+from velora_fx.analyse.probe import Findings, Use, probe
+from velora_fx.analyse.recomputable import Block, find_recomputable
+from velora_fx.analyse.region_plans import region_plans
+from velora_fx.analyse.steps import Rehearsal
+from velora_fx.analyse.wrapped import check_unwrapped
+from velora_fx.capture import (
+    child_regions,
+    find_blocks,
+    find_regions,
+    has_trainable_matrix,
+    named_tensors,
+    parameter_names,
+)
+from velora_fx.devices import with_overhead
+from velora_fx.options import Options
+from velora_fx.peaks import Peak
+from velora_fx.plans import Input, Skipped
+from velora_fx.runtime import (
+    CHECKPOINTED,
+    Recompute,
+    RegionPlan,
+    install,
+    install_checkpointing,
+    optimizer_factory,
+    uninstall,
+)
+from velora_fx.simulate import Timeline, Tracker
+from velora_fx.simulate.compiled import ALL_JOINED
+
+Sizes = Mapping[tuple[str, str], int]
+KERNELS: Mapping[type, str] = {torch.nn.LSTM: "LSTM layers", torch.nn.modules.conv._ConvNd: "convolutions"}
+MOST_CONFIRMED = 12  # calls of blocks: a larger graph takes a compiler minutes
+
+
+@dataclass(frozen=True)
+class Actions:
+    """What is done about saved tensors: the sub-token size of each compressed candidate by its key, and what each
+    block that is named recomputes in backward."""
+
+    sizes: Sizes = field(default_factory=dict)
+    recomputed: Mapping[str, Recompute] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A model's step: its timeline, what can be compressed or recomputed, and what cannot.
+
+    `sharing` are candidates whose input is kept anyway. `timeline` is that of the trial step, whose events `findings`
+    and `blocks` refer to. `simulate` gives the timeline with the given actions; with `compiler_recomputes` that of a
+    compiler that is told to recompute what it can, with `by_blocks`, or where blocks are recomputed, that of blocks
+    that are compiled one by one (`block.compile()`): what a compiler makes of several that are recomputed at once is
+    not known. `as_one` compiles all blocks of a model in one graph, also where there are many.
+    """
+
+    findings: Findings
+    candidates: tuple[Candidate, ...]
+    sharing: tuple[Candidate, ...]
+    blocks: tuple[Block, ...]
+    skipped: tuple[Skipped, ...]
+    baseline: Peak
+    untouched: Timeline
+    inputs: tuple[Input, ...]
+    device: torch.device
+    notes: tuple[str, ...]
+    num_block_calls: int
+    is_compiled: bool
+    is_factored: bool
+    simulate: Callable[..., Timeline]
+
+    @property
+    def compressible(self) -> tuple[Candidate, ...]:
+        """All that can be compressed, whether that frees memory or saves time alone."""
+        return *self.candidates, *self.sharing
+
+    @property
+    def has_blocks(self) -> bool:
+        """False for a model in which nothing repeats."""
+        return set(self.findings.calls) != {""}
+
+    def region_plans(self, sizes: Sizes) -> dict[str, RegionPlan]:
+        """What to install for the given sub-token sizes."""
+        return region_plans(self.findings, self.compressible, sizes, self.is_factored)
+
+    def peak(self, actions: Actions, **how: bool) -> Peak:
+        """The simulated peak with the given actions, overhead included; `how` is as for `simulate`."""
+        return with_overhead(self.simulate(actions, **how).peak, self.device)
+
+    def confirmed(self, actions: Actions, peak: Peak) -> Peak:
+        """The peak with these actions where `peak` is that of a compiled model with some of its blocks apart, and they
+        are few enough to compile all of it as one graph; else the same peak."""
+        is_apart = self.is_compiled and ALL_JOINED < self.num_block_calls <= MOST_CONFIRMED
+        return self.peak(actions, as_one=True) if is_apart and not actions.recomputed else peak
+
+
+def analyse(
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    options: Options,
+    device: torch.device,
+    progress: Callable[[str], None],
+) -> Analysis:
+    """Simulates a step of the untouched model, captures its regions and finds what can be compressed.
+
+    The model is not touched: everything happens on copies without memory. What the model's own forward raises is
+    raised as it is; ValueError if it has no trainable matrix product.
+    """
+    if not find_regions(model):
+        raise ValueError(
+            "the model has no trainable matrix product, so there is nothing to compress: "
+            "check requires_grad of its parameters"
+        )
+    check_unwrapped(model, options.is_factored)  # it may have been wrapped since it was optimised
+    optimizer_factory(options.optimizer, model, device)  # refuses what cannot be planned for
+    rehearsal = Rehearsal(model, args, kwargs, options, device)
+    findings = _findings(rehearsal, progress)
+    progress("untouched step")
+    untouched = _simulate(rehearsal, rehearsal.fake_model(), findings)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+
+    def is_dense(use: Use) -> str | None:
+        if options.is_factored:
+            return not_factorable(parameters, findings.uses.values(), use)
+        return CHECKPOINTED if use.is_recomputed else None
+
+    candidates, sharing, skipped = find_candidates(
+        findings,
+        options.sub_token_sizes,
+        lambda name: parameters[name].numel(),
+        lambda use: exclusion(model, parameters, use, options) or is_dense(use),
+        options.is_factored,
+    )
+    if options.is_factored:  # the gradient and its optimizer state shrink whatever else keeps the input
+        candidates, sharing = (*candidates, *sharing), ()
+    _check_sizes(options, findings)
+
+    analysis = Analysis(
+        findings=findings,
+        candidates=candidates,
+        sharing=sharing,
+        blocks=find_recomputable(model, findings, rehearsal.is_compiled, rehearsal.passed_by),
+        skipped=skipped + _without_products(rehearsal.fake_model(), findings, rehearsal.passed_by),
+        baseline=with_overhead(untouched.peak, device),
+        untouched=untouched,
+        inputs=_inputs(model, args, kwargs),
+        device=device,
+        notes=_notes(rehearsal, findings),
+        num_block_calls=sum(findings.calls.get(name, 0) for name in find_blocks(model, rehearsal.passed_by)),
+        is_compiled=rehearsal.is_compiled,
+        is_factored=options.is_factored,
+        simulate=_simulator(rehearsal, findings, (*candidates, *sharing), progress),
+    )
+    return replace(analysis, baseline=analysis.confirmed(Actions(), analysis.baseline))
+
+
+def _simulator(
+    rehearsal: Rehearsal, findings: Findings, candidates: Sequence[Candidate], progress: Callable[[str], None]
+) -> Callable[..., Timeline]:
+    """What simulates a step with actions on these candidates, as `Analysis` describes it."""
+    options = rehearsal.options
+
+    def simulate(
+        actions: Actions, compiler_recomputes: bool = False, by_blocks: bool = False, as_one: bool = False
+    ) -> Timeline:
+        progress("planned step")
+        by_blocks = rehearsal.is_compiled and (by_blocks or bool(actions.recomputed))
+        fake = rehearsal.fake_model(by_blocks)
+        plans = region_plans(findings, candidates, actions.sizes, options.is_factored)
+        install(fake, plans, options.seed)
+        install_checkpointing(fake, actions.recomputed)
+        try:
+            return _simulate(rehearsal, fake, findings, compiler_recomputes, by_blocks, as_one)
+        finally:
+            uninstall(fake)  # and lets its carriers' optimizer go
+
+    return simulate
+
+
+def _findings(rehearsal: Rehearsal, progress: Callable[[str], None]) -> Findings:
+    """The products, saved tensors and graphs of a trial step."""
+    fake = rehearsal.fake_model()
+    if not rehearsal.is_compiled:
+        run_step, traced = rehearsal.eager_step, rehearsal.traced_forward
+        return _called(rehearsal, probe(fake, run_step, traced, Tracker(), progress, rehearsal.passed_by))
+    findings = _called(rehearsal, probe(fake, None, rehearsal.traced_forward, Tracker(), progress, rehearsal.passed_by))
+    kept = KeptTensors(findings, Tracker())
+    timeline = rehearsal.observed_step(rehearsal.fake_model(), findings.graphs, kept.tracker, kept.observer_of)
+    return replace(findings, savings=tuple(kept.savings), last_uses=kept.last_uses, timeline=timeline)
+
+
+def _called(rehearsal: Rehearsal, findings: Findings) -> Findings:
+    """The findings; ValueError if none of the model's regions is called: then nothing is known of it."""
+    if any(findings.calls.values()):
+        return findings
+    names = ", ".join(list(findings.calls)[:3])
+    forward = vars(rehearsal.model).get("forward")
+    replaced = f", in whose place is {getattr(forward, '__qualname__', forward)}," if forward is not None else ""
+    raise ValueError(
+        f"the forward of {type(rehearsal.model).__name__}{replaced} calls none of its modules that have weights to "
+        f"train by a matrix product ({names}{', ...' if len(findings.calls) > 3 else ''}): pass example_inputs that "
+        "make it call them, and leave a forward in place that calls the modules of the model that it is an attribute of"
+    )
+
+
+def _simulate(
+    rehearsal: Rehearsal,
+    fake: torch.nn.Module,
+    findings: Findings,
+    compiler_recomputes: bool = False,
+    by_blocks: bool = False,
+    as_one: bool = False,
+) -> Timeline:
+    if not rehearsal.is_compiled:
+        return rehearsal.eager_step(fake)
+    if by_blocks:
+        return rehearsal.step_by_blocks(fake, findings.graphs, compiler_recomputes)
+    return rehearsal.compiled_step(fake, findings.graphs, compiler_recomputes, as_one)
+
+
+def _inputs(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Input, ...]:
+    tensors = named_tensors(parameter_names(model), args, kwargs)
+    return tuple(Input(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors)
+
+
+def _notes(rehearsal: Rehearsal, findings: Findings) -> tuple[str, ...]:
+    notes = []
+    options = rehearsal.options
+    if rehearsal.is_compiled and rehearsal.device.type == "cuda" and not torch.cuda.is_available():
+        notes.append("for want of a GPU the compiler's code is that for the CPU; Triton's may fuse otherwise")
+    if options.gradient_accumulation > 1:
+        notes.append(
+            f"gradients of {options.gradient_accumulation} batches are added up: they are there from the start"
+        )
+    if not options.is_factored and any(use.is_recomputed for use in findings.uses.values()):
+        notes.append(
+            "blocks with gradient checkpointing keep nothing to compress; gradients='factored' makes the gradients and "
+            "the optimizer state of their weights smaller all the same"
+        )
+    if not rehearsal.model.training:
+        notes.append("the model is in eval mode; the plan is for training mode")
+    if rehearsal.checks:
+        broken = ", which is where torch.compile splits it into graphs that may keep more" * rehearsal.is_compiled
+        places = "; ".join(sorted(rehearsal.checks))
+        notes.append(f"where the model asks whether values are finite, they are taken to be{broken}: {places}")
+    kinds = {name for m in rehearsal.model.modules() for kind, name in KERNELS.items() if isinstance(m, kind)}
+    if kinds:
+        notes.append(
+            f"what the kernels of {' and '.join(sorted(kinds))} take while they run is not known, and not counted"
+        )
+    return tuple(notes)
+
+
+def exclusion(
+    model: torch.nn.Module, parameters: Mapping[str, torch.nn.Parameter], use: Use, options: Options
+) -> str | None:
+    """Why a product is left as it is by choice: what `filter_fn` says, or tied and vocabulary weights by default."""
+    name = full_name(use.region, use.parameter)
+    parameter = parameters[name]
+    if options.filter_fn is not None:
+        owner = name.rpartition(".")[0]
+        return None if options.filter_fn(model.get_submodule(owner), owner) else "left out by filter_fn"
+    embeddings = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    if any(weight is parameter for weight in embeddings):
+        return "its weight is tied to an embedding (filter_fn overrides)"
+    is_outside_of_blocks = "" in (use.region, use.consumer)
+    if is_outside_of_blocks and any(weight.shape == parameter.shape for weight in embeddings):
+        return "it is the output head over a vocabulary (filter_fn overrides)"
+    return None
+
+
+def _without_products(model: torch.nn.Module, findings: Findings, passed_by: Collection[str]) -> tuple[Skipped, ...]:
+    """The modules of whose own matrices nothing is known: not called, or not captured and without parts to try."""
+    skipped = [Skipped(name, "it was not called by the example inputs") for name, n in findings.calls.items() if not n]
+    skipped += [
+        Skipped(name, "its forward is not called, while its parts are")
+        for name in sorted(passed_by)
+        if has_trainable_matrix(model.get_submodule(name), recurse=False)
+    ]
+    for name, reason in findings.failures.items():
+        module = model.get_submodule(name)
+        if has_trainable_matrix(module, recurse=False) or not child_regions(module, name):
+            skipped.append(Skipped(name, f"it could not be captured: {reason}"))
+    parametrized = [
+        name for name, module in model.named_modules() if torch.nn.utils.parametrize.is_parametrized(module)
+    ]
+    skipped += [
+        Skipped(name, "its weight is parametrized, and so computed anew in each forward") for name in parametrized
+    ]
+    return tuple(skipped)
+
+
+def _check_sizes(options: Options, findings: Findings) -> None:
+    """Refuses sub-token sizes none of which divides the width of any input."""
+    inputs = (*findings.savings, *findings.inputs.values())
+    widths = sorted({saving.shape[-1] for saving in inputs if saving.consumer is not None})
+    sizes = options.sub_token_sizes
+    if sizes is not None and widths and all(width % size for width in widths for size in sizes):
+        raise ValueError(
+            f"sub_token_sizes {tuple(sizes)} divides none of the input widths "
+            f"{', '.join(map(str, widths))}: choose divisors of them"
+        )

@@ -1,0 +1,169 @@
+"""Training steps of a model, run on copies of it that hold no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from velora_fx.capture import RegionGraph, parameter_names
+from velora_fx.devices import device_rates
+from velora_fx.options import Options
+from velora_fx.runtime import optimizer_factory, remove_carriers, uninstall, unwatch
+from velora_fx.simulate import (
+    StepTimer,
+    Timeline,
+    Tracker,
+    default_loss,
+    fake_copy,
+    fake_mode,
+    make_tracker,
+    simulate,
+    simulate_forward,
+)
+from velora_fx.simulate.compiled import (
+    Apart,
+    Inductor,
+    ObserverOf,
+    all_calls,
+    compile_blocks,
+    compiled_forward,
+    inner_calls,
+    no_calls,
+    unobserved,
+)
+
+Graphs = Mapping[str, Sequence[RegionGraph]]
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What the steps of one model for one batch have in common; the model itself is never touched.
+
+    `checks` are the places in its code that have asked whether values are finite.
+    """
+
+    model: torch.nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    options: Options
+    device: torch.device
+    mode: FakeTensorMode = field(default_factory=fake_mode)
+    checks: set[str] = field(default_factory=set)
+
+    @property
+    def is_compiled(self) -> bool:
+        """True where the steps run as under torch.compile."""
+        return self.options.target == "inductor"
+
+    def fake_model(self, by_blocks: bool = False) -> torch.nn.Module:
+        """An untouched copy in training mode, with real integers for what runs eagerly."""
+        traces_whole = self.is_compiled and not by_blocks
+        fake = fake_copy(self.model, self.mode, self.device, "none" if traces_whole else "integers")
+        uninstall(fake)
+        remove_carriers(fake)
+        unwatch(fake)
+        return fake if self.model.training else fake.train()
+
+    @cached_property
+    def passed_by(self) -> frozenset[str]:
+        """The modules whose forward is not called by the model's, while that of a part of theirs is."""
+        fake, called = self.fake_model(), set[str]()
+        for name, module in fake.named_modules():
+            module.forward = _noting(module.forward, partial(called.add, name))
+        self.forward(fake)
+        within = {name[:dot] for name in called for dot, sign in enumerate(name) if sign == "."}
+        return frozenset(within - called)
+
+    def eager_step(self, fake: torch.nn.Module, tracker: Tracker | None = None) -> Timeline:
+        """A step of a fake model as it is."""
+        return self._step(fake, self._inputs("all"), tracker or make_tracker(fake, self.device))
+
+    def compiled_step(
+        self, fake: torch.nn.Module, graphs: Graphs, compiler_recomputes: bool = False, as_one: bool = False
+    ) -> Timeline:
+        """A step of `torch.compile(model)`; `graphs` are those of untouched blocks.
+
+        Many blocks are compiled apart, equal ones once, which is sooner but a little off; not so with `as_one`.
+        """
+        tracker, apart = make_tracker(fake, self.device), no_calls if as_one else inner_calls
+        return self._compiled_step(fake, graphs, tracker, unobserved, self._compilers[compiler_recomputes], apart)
+
+    def observed_step(
+        self, fake: torch.nn.Module, graphs: Graphs, tracker: Tracker, observer_of: ObserverOf
+    ) -> Timeline:
+        """The same with each block compiled apart, so that what is observed belongs to one; its figures are estimates.
+
+        `observer_of` makes the observer of a graph, given the parameter behind each of its inputs.
+        """
+        return self._compiled_step(fake, graphs, tracker, observer_of, self._compilers[False], all_calls)
+
+    def step_by_blocks(self, fake: torch.nn.Module, graphs: Graphs, compiler_recomputes: bool = False) -> Timeline:
+        """A step of a model whose blocks are compiled one by one (`block.compile()`)."""
+        compile_blocks(fake, graphs, self._compilers[compiler_recomputes], self.passed_by)
+        return self.eager_step(fake)
+
+    def forward(self, fake: torch.nn.Module) -> None:
+        """The forward alone, as it runs or, of compiled steps, as a compiler traces it."""
+        simulate_forward(fake, *self._inputs("none" if self.is_compiled else "all"), self.device, self.is_compiled)
+
+    def traced_forward(self, fake: torch.nn.Module) -> None:
+        """The forward alone, as a compiler traces it."""
+        checks = self.checks if self.is_compiled else set()  # an eager step makes its own
+        simulate_forward(fake, *self._inputs("none"), self.device, True, checks)
+
+    def _compiled_step(
+        self,
+        fake: torch.nn.Module,
+        graphs: Graphs,
+        tracker: Tracker,
+        observer_of: ObserverOf,
+        compiler: Inductor,
+        apart: Apart,
+    ) -> Timeline:
+        inputs = self._inputs("none")
+        fake.forward = compiled_forward(
+            fake, *inputs, graphs, compiler, observer_of, tracker.inside, apart, self.passed_by
+        )
+        return self._step(fake, inputs, tracker)
+
+    def _step(self, fake: torch.nn.Module, inputs: tuple[Any, Any], tracker: Tracker) -> Timeline:
+        return simulate(
+            fake,
+            *inputs,
+            input_names=parameter_names(self.model),
+            make_optimizer=optimizer_factory(self.options.optimizer, self.model, self.device),
+            loss_fn=self.options.loss_fn or default_loss,
+            device=self.device,
+            timer=self._timer,
+            accumulates=self.options.gradient_accumulation > 1,
+            tracker=tracker,
+            checks=self.checks,
+        )
+
+    def _inputs(self, real: Any) -> tuple[Any, Any]:
+        args, kwargs = fake_copy((self.args, self.kwargs), self.mode, self.device, real)
+        return args, kwargs
+
+    @cached_property
+    def _timer(self) -> StepTimer:
+        return StepTimer(device_rates(self.device))
+
+    @cached_property
+    def _compilers(self) -> dict[bool, Inductor]:
+        """By whether the compiler is told to recompute what it can; what is equal is compiled once."""
+        return {told: Inductor(self.device, self._timer, told) for told in (False, True)}
+
+
+def _noting(forward: Callable[..., Any], note: Callable[[], None]) -> Callable[..., Any]:
+    """The forward, which notes that it is called."""
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        note()
+        return forward(*args, **kwargs)
+
+    return noted

@@ -1,0 +1,80 @@
+"""One call of a block becomes one FX graph under a key."""
+
+from velora_fx.capture.arguments import (
+    CONSTANTS,
+    example_call,
+    flatten,
+    named_tensors,
+    parameter_names,
+    tensors_inside,
+    without_empty_caches,
+)
+from velora_fx.capture.attributes import own_forward
+from velora_fx.capture.blocks import child_regions, find_blocks, find_regions, has_trainable_matrix
+from velora_fx.capture.call_differences import differences
+from velora_fx.capture.checkpoints import Checkpoint, ContextFn, inlined_checkpoints, noted_checkpoints
+from velora_fx.capture.export import Captured, fakes_of, isolated, plain_graph_module
+from velora_fx.capture.graphs import (
+    Call,
+    RegionGraph,
+    describe_leaf,
+    find_graph,
+    has_replaced_forwards,
+    key_of,
+    make_graph,
+    merge_graph,
+    with_frozen,
+)
+from velora_fx.capture.refusals import CaptureError, autocast_depth, refusals
+from velora_fx.capture.state import (
+    attached_tensors,
+    attached_to,
+    carriers_of,
+    leave_out,
+    own_attributes,
+    own_carriers,
+    state_of,
+)
+
+__all__ = [
+    "CONSTANTS",
+    "Call",
+    "CaptureError",
+    "Captured",
+    "Checkpoint",
+    "ContextFn",
+    "RegionGraph",
+    "attached_tensors",
+    "attached_to",
+    "autocast_depth",
+    "carriers_of",
+    "child_regions",
+    "describe_leaf",
+    "differences",
+    "example_call",
+    "fakes_of",
+    "find_blocks",
+    "find_graph",
+    "find_regions",
+    "flatten",
+    "has_replaced_forwards",
+    "has_trainable_matrix",
+    "inlined_checkpoints",
+    "isolated",
+    "key_of",
+    "leave_out",
+    "make_graph",
+    "merge_graph",
+    "named_tensors",
+    "noted_checkpoints",
+    "own_attributes",
+    "own_carriers",
+    "own_forward",
+    "parameter_names",
+    "plain_graph_module",
+    "refusals",
+    "state_of",
+    "tensors_inside",
+    "with_frozen",
+    "without_empty_caches",
+]

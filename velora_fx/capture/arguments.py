@@ -1,0 +1,121 @@
+"""Call arguments as a structure and its leaves, in plain Python so that Dynamo can trace it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+LEAF = "*"
+CONSTANTS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+def flatten(value: Any) -> tuple[Any, list[Any]]:
+    """Takes nested tuples, lists and dicts apart: a comparable structure, and the leaves in order."""
+    if type(value) in (tuple, list):
+        parts = [flatten(item) for item in value]
+        return (type(value).__name__, tuple(part[0] for part in parts)), [leaf for part in parts for leaf in part[1]]
+    if type(value) is dict:
+        parts = [flatten(item) for item in value.values()]
+        keys = tuple(value.keys())
+        return ("dict", keys, tuple(part[0] for part in parts)), [leaf for part in parts for leaf in part[1]]
+    return LEAF, [value]
+
+
+def unflatten(structure: Any, leaves: list[Any]) -> Any:
+    """Puts together what `flatten` took apart."""
+    return _rebuild(structure, iter(leaves))
+
+
+def _rebuild(structure: Any, leaves: Iterator[Any]) -> Any:
+    if structure == LEAF:
+        return next(leaves)
+    if structure[0] == "dict":
+        return {key: _rebuild(part, leaves) for key, part in zip(structure[1], structure[2], strict=True)}
+    items = [_rebuild(part, leaves) for part in structure[1]]
+    return items if structure[0] == "list" else tuple(items)
+
+
+def without_empty_caches(
+    args: tuple[Any, ...], kwargs: dict[str, Any], layer: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Passes None for every key-value cache that holds nothing yet for this layer: it would be written, never read.
+
+    All layers of a model share one cache object, each with a slot of its own.
+    """
+    return (
+        tuple([None if _is_empty_cache(value, layer) else value for value in args]),
+        {name: None if _is_empty_cache(value, layer) else value for name, value in kwargs.items()},
+    )
+
+
+def _is_empty_cache(value: Any, layer: int) -> bool:
+    is_cache = hasattr(value, "get_seq_length") and hasattr(value, "update")
+    return is_cache and int(value.get_seq_length(layer)) == 0
+
+
+def parameter_names(module: torch.nn.Module) -> tuple[str, ...]:
+    """The names of the arguments that a forward takes by position."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(module.forward).parameters.values()
+    return tuple(parameter.name for parameter in parameters if parameter.kind in kinds)
+
+
+def named_tensors(
+    names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[tuple[str, torch.Tensor]]:
+    """The tensors of a call, also those in nested tuples, lists and dicts; `names` are those of positional arguments.
+
+    Arguments beyond them are called "argument 2" and so on, what is in a container "batch.0" or "batch.pixels".
+    """
+    found: list[tuple[str, torch.Tensor]] = []
+    for index, value in enumerate(args):
+        found += _tensors_in(names[index] if index < len(names) else f"argument {index}", value)
+    for name, value in kwargs.items():
+        found += _tensors_in(name, value)
+    return found
+
+
+def _tensors_in(name: str, value: Any) -> list[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        return [(name, value)]
+    if isinstance(value, dict):
+        return [found for key, item in value.items() for found in _tensors_in(f"{name}.{key}", item)]
+    if isinstance(value, (tuple, list)):
+        return [found for index, item in enumerate(value) for found in _tensors_in(f"{name}.{index}", item)]
+    return []
+
+
+def example_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Reads example inputs as `(args, kwargs)`: a mapping, a tuple or list, one tensor, or such a pair itself.
+
+    Raises ValueError for anything else.
+    """
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,), {}
+    if hasattr(example_inputs, "keys"):
+        return (), {name: example_inputs[name] for name in example_inputs.keys()}  # noqa: SIM118 (BatchEncoding)
+    if isinstance(example_inputs, (tuple, list)):
+        pair = len(example_inputs) == 2 and isinstance(example_inputs[0], (tuple, list))
+        if pair and hasattr(example_inputs[1], "keys"):
+            return tuple(example_inputs[0]), dict(example_inputs[1])
+        return tuple(example_inputs), {}
+    raise ValueError(
+        f"example_inputs must be a dict of keyword arguments, a tuple of arguments or an (args, kwargs) pair, "
+        f"got {type(example_inputs).__name__}"
+    )
+
+
+def tensors_inside(value: Any) -> Iterator[torch.Tensor]:
+    """The floating tensors in an object, its attributes and their items."""
+    if isinstance(value, torch.Tensor):
+        if value.is_floating_point() and value.numel():
+            yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_inside(item)
+    elif hasattr(value, "__dict__") and not isinstance(value, type):
+        for attribute in vars(value).values():
+            yield from tensors_inside(attribute)

@@ -1,0 +1,126 @@
+"""Calls of torch.utils.checkpoint: what they are, noted or run once and in place."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch.utils.checkpoint
+from torch.overrides import TorchFunctionMode
+
+from velora_fx.capture.refusals import CaptureError, replaced
+
+ContextFn = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """How `torch.utils.checkpoint.checkpoint` was called; `context_fn` is None for the default one."""
+
+    use_reentrant: bool
+    preserve_rng_state: bool
+    context_fn: ContextFn | None = None
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Calls it in the same way for a function."""
+        options: dict[str, Any] = {} if self.context_fn is None else {"context_fn": self.context_fn}
+        return torch.utils.checkpoint.checkpoint(
+            function, *args, use_reentrant=self.use_reentrant, preserve_rng_state=self.preserve_rng_state, **options
+        )
+
+
+@contextlib.contextmanager
+def noted_checkpoints(opened: list[Checkpoint]) -> Iterator[None]:
+    """Keeps in the list the checkpoints whose forward runs."""
+    module = torch.utils.checkpoint
+    original_generator, original_function = module._checkpoint_without_reentrant_generator, module.CheckpointFunction
+
+    def generator(function: Any, preserve_rng_state: bool, context_fn: ContextFn, *args: Any, **kwargs: Any) -> Any:
+        with _open(opened, Checkpoint(False, preserve_rng_state, _given(context_fn))):
+            yield from original_generator(function, preserve_rng_state, context_fn, *args, **kwargs)
+
+    class Reentrant:
+        @staticmethod
+        def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+            with _open(opened, Checkpoint(True, preserve_rng_state)):
+                return original_function.apply(function, preserve_rng_state, *args)  # type: ignore[no-untyped-call]
+
+    with (
+        replaced(module, "_checkpoint_without_reentrant_generator", generator),
+        replaced(module, "CheckpointFunction", Reentrant),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def inlined_checkpoints(after: Callable[[], None] = lambda: None) -> Iterator[list[Checkpoint]]:
+    """Has `torch.utils.checkpoint.checkpoint` call what it is given, and then `after`.
+
+    The list that it yields holds the checkpoints that are open.
+    """
+    opened: list[Checkpoint] = []
+    module = torch.utils.checkpoint
+
+    def generator(function: Any, preserve_rng_state: bool, context_fn: ContextFn, *args: Any, **kwargs: Any) -> Any:
+        with _open(opened, Checkpoint(False, preserve_rng_state, _given(context_fn))):
+            yield
+            after()
+
+    class Reentrant:
+        @staticmethod
+        def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+            with _open(opened, Checkpoint(True, preserve_rng_state)):
+                result = function(*args)
+                after()
+                return result
+
+    with (
+        replaced(module, "_checkpoint_without_reentrant_generator", generator),
+        replaced(module, "CheckpointFunction", Reentrant),
+    ):
+        yield opened
+
+
+@contextlib.contextmanager
+def whole_checkpoint() -> Iterator[list[Checkpoint]]:
+    """Runs in place the one checkpoint that all of a forward may be in, and puts it into the list that it yields.
+
+    CaptureError where something is computed outside of it.
+    """
+    found: list[Checkpoint] = []
+    outside: list[Any] = []
+    with inlined_checkpoints(lambda: found.append(opened[-1])) as opened, _Outside(opened, outside):
+        yield found
+    if found and (outside or len(found) > 1):
+        raise CaptureError("its forward recomputes a part of what it does (checkpointing)")
+
+
+class _Outside(TorchFunctionMode):
+    """Notes what makes tensors while no checkpoint is open."""
+
+    def __init__(self, opened: list[Checkpoint], outside: list[Any]) -> None:
+        super().__init__()
+        self.opened, self.outside = opened, outside
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self.opened and isinstance(result, torch.Tensor):
+            self.outside.append(func)
+        return result
+
+
+def _given(context_fn: ContextFn) -> ContextFn | None:
+    return None if context_fn is torch.utils.checkpoint.noop_context_fn else context_fn
+
+
+@contextlib.contextmanager
+def _open(opened: list[Checkpoint], checkpoint: Checkpoint) -> Iterator[None]:
+    opened.append(checkpoint)
+    try:
+        yield
+    finally:
+        opened.pop()

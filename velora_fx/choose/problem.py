@@ -1,0 +1,199 @@
+"""What can be done about a step's memory, as an integer program."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from velora_fx.analyse import Actions, Analysis, Block, Candidate
+from velora_fx.choose.moments import Span, find_moments
+from velora_fx.choose.solver import Item, Moment
+from velora_fx.choose.updates import Freed, find_freed
+from velora_fx.devices import with_overhead
+from velora_fx.peaks import Peak
+from velora_fx.runtime import Recompute
+from velora_fx.simulate import Timeline
+
+# Where time and approximation are traded: halving what is kept of every weight's input counts as much as this share of
+# the step's time.
+HALVING_PRICE = 0.02
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The solver's items and moments for the actions of the allowed kinds, and what a choice of levels stands for."""
+
+    analysis: Analysis
+    compresses: bool
+    recomputes: bool
+
+    @cached_property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """What may be compressed; where blocks may be recomputed, only what belongs to one region."""
+        found = self.analysis.candidates if self.compresses else ()
+        if not self.recomputes:
+            return found
+        return tuple(c for c in found if len({saving.region for saving in c.savings}) == 1)
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """What may be recomputed."""
+        return tuple(b for b in self.analysis.blocks if self._gains[b.levels]) if self.recomputes else ()
+
+    @cached_property
+    def items(self) -> list[Item]:
+        """The solver's items: candidates first, then blocks, which cover the candidates in them, then what factored
+        gradients free, tied to candidates."""
+        names = {block.name: len(self.candidates) + number for number, block in enumerate(self.blocks)}
+        return [
+            *(self._candidate_item(c, names.get(c.region)) for c in self.candidates),
+            *(self._block_item(block) for block in self.blocks),
+            *(freed.item for freed in self._freed),
+        ]
+
+    @cached_property
+    def moments(self) -> tuple[Moment, ...]:
+        """The moments of the trial step, with the items that are alive at each."""
+        timeline = self.analysis.findings.timeline
+        assert timeline is not None
+        last_uses, end = self.analysis.findings.last_uses, len(timeline.deltas)
+        spans: list[Span] = [
+            (last_uses.get(storage, timeline.births[storage] + 1), timeline.deaths.get(storage, end), index)
+            for index, candidate in enumerate(self.candidates)
+            for storage in candidate.storages
+        ]
+        spans += [(b.first, b.end, len(self.candidates) + number) for number, b in enumerate(self.blocks)]
+        spans += [
+            (freed.first, freed.end, len(self.candidates) + len(self.blocks) + number)
+            for number, freed in enumerate(self._freed)
+        ]
+        return find_moments(timeline, spans)
+
+    def actions(self, levels: Sequence[int]) -> Actions:
+        """What a choice of levels stands for."""
+        chosen = list(levels)
+        sizes = {c.key: c.sizes[level - 1] for c, level in zip(self.candidates, chosen, strict=False) if level}
+        for_blocks = zip(self.blocks, chosen[len(self.candidates) :], strict=False)
+        return Actions(sizes, {b.name: self._gains[b.levels][level - 1].level for b, level in for_blocks if level})
+
+    def all_at(self, index: int) -> Actions:
+        """Everything at the size of this index, or its last."""
+        candidates = self.analysis.candidates
+        return Actions({c.key: c.sizes[min(index, len(c.sizes) - 1)] for c in candidates})
+
+    def cost(self, actions: Actions) -> float:
+        """The approximation that the sizes of sub-tokens amount to: numel(W) * log2(M), of all that is compressed."""
+        chosen = [c for c in self.analysis.candidates if c.key in actions.sizes]
+        return math.fsum(c.num_weights * math.log2(actions.sizes[c.key]) for c in chosen)
+
+    def all_recomputed(self) -> Actions:
+        """All blocks recomputed as far as it frees more."""
+        return Actions({}, {block.name: self._gains[block.levels][-1].level for block in self.blocks})
+
+    def peak(self, actions: Actions) -> Peak:
+        """What is simulated already is not simulated again."""
+        key = frozenset(actions.sizes.items()), frozenset(actions.recomputed.items())
+        if key not in self._peaks:
+            is_known = self.analysis.is_compiled and actions == self.all_at(0)
+            timeline = self._smallest_sub_tokens if is_known else self.analysis.simulate(actions)
+            self._peaks[key] = with_overhead(timeline.peak, self.analysis.device)
+        return self._peaks[key]
+
+    @cached_property
+    def _peaks(self) -> dict[object, Peak]:
+        return {}
+
+    @cached_property
+    def projections_are_kept(self) -> bool:
+        """False where compiled code makes projections again in backward, of what it keeps anyway.
+
+        From forward to backward they take no memory then, whatever the sub-token size. The partitioner is free to: in
+        forward nothing takes projections.
+        """
+        candidates = self.analysis.candidates
+        if not self.analysis.is_compiled or not candidates:
+            return True
+        at_start = [t.saved_bytes for t in (self.analysis.untouched, self._smallest_sub_tokens)]
+        full = sum(candidate.bytes_before for candidate in candidates)
+        projections = sum(candidate.bytes_after(candidate.sizes[0]) for candidate in candidates)
+        return at_start[0] - at_start[1] < full - projections // 2
+
+    @property
+    def sizes_matter(self) -> bool:
+        """False where all sub-token sizes free the same."""
+        return self.projections_are_kept or self.analysis.is_factored
+
+    @cached_property
+    def _smallest_sub_tokens(self) -> Timeline:
+        return self.analysis.simulate(self.all_at(0))
+
+    def _candidate_item(self, candidate: Candidate, covered_by: int | None) -> Item:
+        """Savings for each storage of the candidate; the cost of a size M is numel(W) * log2(M)."""
+        shapes = tuple(saving.shape for saving in candidate.savings)
+        calls = max(1, len(candidate.storages))
+        price = 1.0
+        if self.recomputes:
+            all_weights = sum(c.num_weights for c in self.candidates)
+            price = HALVING_PRICE * self.analysis.untouched.seconds / all_weights
+        sizes = self._sizes_of(candidate)
+        kept = [candidate.bytes_after(size) if self.projections_are_kept else 0 for size in sizes]
+        return Item(
+            group=(self._graphs_of(candidate.region), candidate.tensor, shapes),
+            savings=tuple((candidate.bytes_before - after) // calls for after in kept),
+            costs=tuple(price * candidate.num_weights * math.log2(size) for size in sizes),
+            covered_by=covered_by,
+        )
+
+    def _sizes_of(self, candidate: Candidate) -> tuple[int, ...]:
+        return candidate.sizes if self.sizes_matter else candidate.sizes[:1]
+
+    @cached_property
+    def _freed(self) -> tuple[Freed, ...]:
+        sizes = [self._sizes_of(candidate) for candidate in self.candidates]
+        return find_freed(self.analysis.findings, self.candidates, sizes) if self.analysis.is_factored else ()
+
+    def _block_item(self, block: Block) -> Item:
+        """Its part of what recomputing all blocks of its kind frees and costs in time."""
+        share = block.kept_bytes / sum(b.kept_bytes for b in self.blocks if b.levels == block.levels)
+        gains = self._gains[block.levels]
+        return Item(
+            group=(self._graphs_of(block.name), block.levels),
+            savings=tuple(int(share * gain.freed_bytes) for gain in gains),
+            costs=tuple(share * gain.seconds for gain in gains),
+        )
+
+    def _graphs_of(self, region: str) -> tuple[int, ...]:
+        return tuple(id(graph) for graph in self.analysis.findings.graphs[region])
+
+    @cached_property
+    def _gains(self) -> Mapping[tuple[Recompute, ...], list[Gain]]:
+        """What there is to gain of the blocks that may be recomputed in the same ways, by these."""
+        alike: dict[tuple[Recompute, ...], list[str]] = {}
+        for block in self.analysis.blocks:
+            alike.setdefault(block.levels, []).append(block.name)
+        return {levels: self._gains_of(names, levels) for levels, names in alike.items()}
+
+    def _gains_of(self, blocks: Sequence[str], levels: Sequence[Recompute]) -> list[Gain]:
+        """The levels of recomputation worth offering, each freeing more than the one before."""
+        found: list[Gain] = []
+        for level in levels:
+            timeline = self.analysis.simulate(Actions({}, dict.fromkeys(blocks, level)))
+            untouched = self.analysis.untouched
+            freed = untouched.bytes_at_start_of("backward") - timeline.bytes_at_start_of("backward")
+            # Under a compiler it can save time; to keep is better all the same where both fit.
+            seconds = max(timeline.seconds, 1.0001 * untouched.seconds) - untouched.seconds
+            if freed > (found[-1].freed_bytes if found else 0):
+                found = [gain for gain in found if gain.seconds < seconds]
+                found.append(Gain(level, freed, seconds))
+        return found
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What recomputing blocks in this way frees at the start of backward, and the time that it takes."""
+
+    level: Recompute
+    freed_bytes: int
+    seconds: float

@@ -1,0 +1,202 @@
+"""The search for the actions of least cost that fit a budget."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from velora_fx.analyse import Actions, Analysis
+from velora_fx.choose.problem import Problem
+from velora_fx.choose.solver import RELATIVE_GAP, choose, highest_levels
+from velora_fx.devices import tensors_within, with_overhead
+from velora_fx.peaks import Peak
+
+RUNGS, COMPILED_RUNGS = 4096, 64  # a simulation of a compiled step compiles what is new in it
+
+
+@dataclass(frozen=True)
+class Search:
+    """Finds the cheapest actions of the allowed kinds, each result simulated: the simulation is the truth."""
+
+    analysis: Analysis
+    compresses: bool
+    recomputes: bool
+
+    @cached_property
+    def problem(self) -> Problem:
+        """What there is to choose from."""
+        return Problem(self.analysis, self.compresses, self.recomputes)
+
+    def within(self, budget_bytes: int) -> tuple[Actions, Peak]:
+        """The cheapest actions whose peak is within the budget; the tightest there are if none is.
+
+        The solver knows the moments of a step with nothing done about it; a simulation tells the true peak of what it
+        chose. Along a ladder of targets for the solver, the same for every budget, the highest rung that fits is
+        searched by halving, so that a larger budget never gets a dearer plan, but for the solver's gap: one more
+        approximate, where blocks are not recomputed. Taken is the lowest rung of the same cost, if it fits too. Where
+        compiled blocks were simulated apart, what is found is confirmed, and searched again for less if it is over.
+        """
+        tensor_budget_bytes = tensors_within(budget_bytes, self.analysis.device)
+        if self.analysis.baseline.tensor_bytes <= tensor_budget_bytes:
+            return Actions(), self.analysis.baseline
+        target_bytes = tensor_budget_bytes
+        while True:
+            actions, peak = self._found_within(target_bytes)
+            confirmed = self.analysis.confirmed(actions, peak)
+            excess_bytes = confirmed.tensor_bytes - tensor_budget_bytes
+            if excess_bytes <= 0 or peak.tensor_bytes > target_bytes:  # it fits, or it is the tightest there is
+                return actions, confirmed
+            target_bytes -= excess_bytes
+
+    def _found_within(self, tensor_budget_bytes: int) -> tuple[Actions, Peak]:
+        if self._untouched.tensor_bytes <= tensor_budget_bytes:
+            return Actions(), self._untouched
+        if self._bottom[1].tensor_bytes > tensor_budget_bytes and self._tightest[1].tensor_bytes > tensor_budget_bytes:
+            return self._tightest
+        return self._no_dearer_than_one_size(self._on_the_ladder(tensor_budget_bytes), tensor_budget_bytes)
+
+    def _no_dearer_than_one_size(self, found: tuple[Actions, Peak], tensor_budget_bytes: int) -> tuple[Actions, Peak]:
+        """What was found or, where that fits and is cheaper, everything at one size of sub-tokens.
+
+        The solver's estimates may be off; whoever tries sizes by hand is not to find better. A larger size that does
+        not fit rules out all smaller ones.
+        """
+        if self.recomputes or not self.problem.sizes_matter:
+            return found
+        most = max((len(candidate.sizes) for candidate in self.analysis.candidates), default=0)
+        for actions in reversed([self.problem.all_at(index) for index in range(most)]):
+            if self.problem.cost(actions) >= self.problem.cost(found[0]):
+                continue
+            peak = self.problem.peak(actions)
+            if peak.tensor_bytes > tensor_budget_bytes:
+                break
+            found = actions, peak
+        return found
+
+    def _on_the_ladder(self, tensor_budget_bytes: int) -> tuple[Actions, Peak]:
+        for is_trusted in (True, False):
+            low, high = 0, self._rungs
+            while high - low > 1:
+                middle = (low + high) // 2
+                fits = self._expected_to_fit(middle, tensor_budget_bytes) if is_trusted else None
+                if fits is None:
+                    fits = self._rung(middle)[1].tensor_bytes <= tensor_budget_bytes
+                low, high = (middle, high) if fits else (low, middle)
+            for rung in (self._lowest_alike(low), low):
+                found = self._rung(rung)
+                if found[1].tensor_bytes <= tensor_budget_bytes:
+                    return found
+        return self._at_one_size(tensor_budget_bytes)
+
+    def _at_one_size(self, tensor_budget_bytes: int) -> tuple[Actions, Peak]:
+        """What is left where every ladder is too short: projections that are not kept are still made in backward, and
+        the larger the sub-tokens the less they take there."""
+        most = max(len(candidate.sizes) for candidate in self.analysis.candidates) if self.compresses else 0
+        for index in range(0 if self.problem.sizes_matter else most):
+            actions = self.problem.all_at(index)
+            peak = self.problem.peak(actions)
+            if peak.tensor_bytes <= tensor_budget_bytes:
+                return actions, peak
+        return self._tightest
+
+    def _expected_to_fit(self, rung: int, tensor_budget_bytes: int) -> bool | None:
+        """What needs no simulation: how far the solver's estimates are off is known at both ends of the ladder."""
+        low, high = self._ends
+        errors = self._bottom[1].tensor_bytes - low, self._untouched.tensor_bytes - high
+        margin = abs(errors[1] - errors[0]) // 4 + (high - low) // self._rungs
+        target = self._target(rung)
+        if target + max(errors) + margin <= tensor_budget_bytes:
+            return True
+        return False if target + min(errors) - margin > tensor_budget_bytes else None
+
+    def _lowest_alike(self, rung: int) -> int:
+        """The lowest rung of the same cost: which of several solutions of that cost the solver finds is chance, and so
+        without it would be which of two budgets gets the lower peak."""
+        cost = self._cost(rung) * (1 + RELATIVE_GAP)
+        low = max((tried for tried in self._solved if tried < rung and self._cost(tried) > cost), default=-1)
+        high = min((tried for tried in self._solved if low < tried <= rung and self._cost(tried) <= cost), default=rung)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._cost(middle) <= cost else (middle, high)
+        return high
+
+    def _cost(self, rung: int) -> float:
+        levels = self._levels(rung)
+        if levels is None:
+            return math.inf
+        chosen = zip(self.problem.items, levels, strict=True)
+        return math.fsum(item.costs[level - 1] for item, level in chosen if level and item.costs)
+
+    def _levels(self, rung: int) -> tuple[int, ...] | None:
+        if rung not in self._solved:
+            self._solved[rung] = choose(self.problem.items, self.problem.moments, self._target(rung))
+        return self._solved[rung]
+
+    def _rung(self, rung: int) -> tuple[Actions, Peak]:
+        levels = self._levels(rung)
+        if levels is None:
+            return self._tightest
+        if levels not in self._simulated:
+            actions = self.problem.actions(levels)
+            self._simulated[levels] = actions, self.problem.peak(actions)
+        return self._simulated[levels]
+
+    def _target(self, rung: int) -> int:
+        low, high = self._ends
+        return low + (high - low) * rung // self._rungs
+
+    @property
+    def _rungs(self) -> int:
+        return COMPILED_RUNGS if self.analysis.is_compiled else RUNGS
+
+    @cached_property
+    def _solved(self) -> dict[int, tuple[int, ...] | None]:
+        return {}
+
+    @cached_property
+    def _simulated(self) -> dict[tuple[int, ...], tuple[Actions, Peak]]:
+        return {}
+
+    @cached_property
+    def _ends(self) -> tuple[int, int]:
+        """The solver's estimates of the tightest and of the untouched peak."""
+        levels = highest_levels(self.problem.items)
+        return (
+            max(moment.bytes_at(self.problem.items, levels) for moment in self.problem.moments),
+            max(moment.peak_bytes for moment in self.problem.moments),
+        )
+
+    @cached_property
+    def _untouched(self) -> Peak:
+        """The step with nothing done about it, simulated as its rivals are."""
+        return with_overhead(self.analysis.untouched.peak, self.analysis.device)
+
+    @cached_property
+    def _bottom(self) -> tuple[Actions, Peak]:
+        """What the lowest rung of the ladder stands for."""
+        if self.problem.sizes_matter or self.recomputes or not self.compresses:
+            return self._tightest
+        actions = self.problem.all_at(0)
+        return actions, self.problem.peak(actions)
+
+    @cached_property
+    def tightest(self) -> tuple[Actions, Peak]:
+        """The actions of the smallest peak among: nothing, everything compressed, everything recomputed, and both."""
+        actions, peak = self._tightest
+        return actions, self.analysis.confirmed(actions, peak)
+
+    @cached_property
+    def _tightest(self) -> tuple[Actions, Peak]:
+        found: list[tuple[Actions, Peak]] = []
+        if self.compresses and self.analysis.candidates:
+            for index in (-1,) if self.problem.sizes_matter else (0, -1):
+                actions = self.problem.all_at(index)
+                found.append((actions, self.problem.peak(actions)))
+        if self.problem.blocks:
+            alone = self.problem.all_recomputed()
+            outside = [c for c in self.problem.candidates if c.region not in alone.recomputed]
+            mixed = Actions({c.key: c.sizes[-1] for c in outside}, alone.recomputed)
+            for actions in (alone, mixed) if outside else (alone,):
+                found.append((actions, self.analysis.peak(actions)))
+        return min([*found, (Actions(), self._untouched)], key=lambda pair: pair[1].peak_bytes)

@@ -1,0 +1,238 @@
+"""Chooses a compression level for each item so that every peak fits, at the least cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint
+from scipy.sparse import csr_array
+
+from velora_fx.choose.programs import milp
+
+MAX_SOLUTIONS = 20  # besides one for each moment
+MOMENTS_AT_ONCE = 3
+MOST_SECONDS = 60.0
+RELATIVE_GAP = 1e-4  # within which a cost is the least
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something that can be compressed: `savings[l]` bytes at `costs[l]` for level l + 1, both growing with l.
+
+    Level 0 keeps it whole. Items of one `group` are alike, the one that lives longest first: a later one is never
+    compressed more than an earlier one, so that plans are regular. Where the item with index `covered_by` is above
+    level 0 it frees this one too: this one then stays at level 0, and counts as compressed in the order of its group.
+    An item with `tied_to` has no level and no costs of its own: its level is that of the item with this index; it may
+    save less than nothing.
+    """
+
+    group: Hashable
+    savings: tuple[int, ...]
+    costs: tuple[float, ...]
+    covered_by: int | None = None
+    tied_to: int | None = None
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A stretch of the step: its highest bytes with nothing compressed, and how often each item (by index) is alive."""
+
+    peak_bytes: int
+    alive: tuple[tuple[int, int], ...]
+
+    def bytes_at(self, items: Sequence[Item], levels: Sequence[int]) -> int:
+        """The bytes of this moment under the given levels."""
+        return self.peak_bytes - sum(
+            count * items[index].savings[levels[index] - 1] for index, count in self.alive if levels[index]
+        )
+
+
+def choose(items: Sequence[Item], moments: Sequence[Moment], budget_bytes: int) -> tuple[int, ...] | None:
+    """Levels of least total cost such that no moment is above the budget; None if there are none.
+
+    A 0-1 program for HiGHS: variable (i, l) is 1 where item i is compressed at least to level l + 1. Few of the moments
+    matter: the program has those at which its solutions before were above the budget. The least cost is met within
+    RELATIVE_GAP, the budget to the byte.
+    """
+    if any(moment.peak_bytes - _most_saved(items, moment) > budget_bytes for moment in moments):
+        return None
+    binding = [m for m in _undominated(items, moments) if m.peak_bytes + _most_added(items, m) > budget_bytes]
+    starts = np.cumsum([0, *(len(item.costs) for item in items)])
+    rows = [_saving_row(items, moment, starts) for moment in binding]
+    constraints = _order_constraints(items, starts)
+    demanded: set[int] = set()
+    chosen = np.zeros(starts[-1], dtype=int)
+    deadline = time.monotonic() + MOST_SECONDS
+    for _ in range(MAX_SOLUTIONS + len(binding)):
+        levels = _with_tied(items, [int(chosen[starts[i] : starts[i + 1]].sum()) for i in range(len(items))])
+        excess = [moment.bytes_at(items, levels) - budget_bytes for moment in binding]
+        over = {index for index, more in enumerate(excess) if more > 0}
+        if not over:
+            return _trimmed(items, binding, budget_bytes, levels)
+        missing = sorted(over - demanded, key=lambda index: -excess[index])[:MOMENTS_AT_ONCE]
+        constraints += [
+            _enough(rows[index], binding[index].peak_bytes - budget_bytes, len(chosen)) for index in missing
+        ]
+        # Those within the solver's tolerance, but not to the byte.
+        constraints += [_another(rows[index], chosen) for index in over & demanded]
+        demanded.update(missing)
+        solution = _solve(items, constraints, deadline - time.monotonic())
+        if solution is None:
+            break
+        chosen = solution
+    highest = highest_levels(items)
+    fits = all(moment.bytes_at(items, highest) <= budget_bytes for moment in binding)
+    return _trimmed(items, binding, budget_bytes, highest) if fits else None
+
+
+def _most_saved(items: Sequence[Item], moment: Moment) -> int:
+    return sum(count * max(0, *items[index].savings) for index, count in moment.alive)
+
+
+def _most_added(items: Sequence[Item], moment: Moment) -> int:
+    """What items that take more than they free can add to a moment."""
+    return -sum(count * min(0, *items[index].savings) for index, count in moment.alive)
+
+
+def _enough(row: Mapping[int, int], needed_bytes: int, width: int) -> LinearConstraint:
+    """At least so much is saved; in units of it, as HiGHS has absolute tolerances."""
+    unit = needed_bytes if needed_bytes > 0 else max(map(abs, row.values()))
+    savings = [(column, saving / unit) for column, saving in row.items()]
+    return LinearConstraint(_matrix([savings], width), needed_bytes / unit, np.inf)
+
+
+def _another(row: Mapping[int, int], chosen: np.ndarray) -> LinearConstraint:
+    """At least one variable is changed so that more is saved."""
+    changes = [
+        (column, 1.0 if saving > 0 else -1.0)
+        for column, saving in row.items()
+        if saving and bool(chosen[column]) == (saving < 0)
+    ]
+    least = 1 - sum(sign < 0 for _, sign in changes)
+    return LinearConstraint(_matrix([changes], len(chosen)), least, np.inf)
+
+
+def highest_levels(items: Sequence[Item]) -> list[int]:
+    """Everything compressed as far as it goes; of an item and those that it covers, whatever frees more."""
+    covered = [0] * len(items)
+    for item in items:
+        if item.covered_by is not None:
+            covered[item.covered_by] += item.savings[-1]
+    own = [index for index, item in enumerate(items) if item.tied_to is None]
+    kept = {index for index in own if covered[index] > items[index].savings[-1]}
+    levels = []
+    for index, item in enumerate(items):
+        is_covered = item.covered_by is not None and item.covered_by not in kept
+        levels.append(0 if index in kept or is_covered else len(item.savings))
+    return _with_tied(items, levels)
+
+
+def _with_tied(items: Sequence[Item], levels: list[int]) -> list[int]:
+    return [levels[index if item.tied_to is None else item.tied_to] for index, item in enumerate(items)]
+
+
+def _order_constraints(items: Sequence[Item], starts: np.ndarray) -> list[LinearConstraint]:
+    """The order of levels and of the items of a group; and either an item or what covers it."""
+    constraints = []
+    order = _order_rows(items, starts)
+    if order:
+        constraints.append(LinearConstraint(_matrix(order, int(starts[-1])), 0, np.inf))
+    either = [
+        [(int(starts[index]), 1.0), (int(starts[item.covered_by]), 1.0)]
+        for index, item in enumerate(items)
+        if item.covered_by is not None
+    ]
+    if either:
+        constraints.append(LinearConstraint(_matrix(either, int(starts[-1])), -np.inf, 1))
+    return constraints
+
+
+def _solve(items: Sequence[Item], constraints: Sequence[LinearConstraint], seconds: float) -> np.ndarray | None:
+    costs = np.concatenate([np.diff([0.0, *item.costs]) for item in items])
+    result = milp(
+        costs / costs.max(),
+        integrality=np.ones(len(costs), dtype=int),
+        bounds=Bounds(0, 1),
+        constraints=constraints,
+        options={"mip_rel_gap": RELATIVE_GAP, "time_limit": max(seconds, 1.0)},
+    )
+    return None if result.x is None else np.round(result.x).astype(int)
+
+
+def _trimmed(items: Sequence[Item], moments: Sequence[Moment], budget_bytes: int, levels: list[int]) -> tuple[int, ...]:
+    """Lowers every level that the budget does not need: the solver stops within a relative gap of the optimum.
+
+    What covers others stays above level 0.
+    """
+    covers = {item.covered_by for item in items}
+    tied: dict[int, list[int]] = {}
+    for index, item in enumerate(items):
+        tied.setdefault(index if item.tied_to is None else item.tied_to, []).append(index)
+    counts = [dict(moment.alive) for moment in moments]
+    slack = [budget_bytes - moment.bytes_at(items, levels) for moment in moments]
+    following: dict[Hashable, int] = {}
+    for index in reversed(list(tied)):
+        item = items[index]
+        floor = max(following.get(item.group, 0), min(1, levels[index]) if index in covers else 0)
+        while levels[index] > floor:
+            lower = levels[index] - 1
+            growth = {i: items[i].savings[lower] - (items[i].savings[lower - 1] if lower else 0) for i in tied[index]}
+            extra = [sum(count.get(i, 0) * more for i, more in growth.items()) for count in counts]
+            if any(more > free for more, free in zip(extra, slack, strict=True)):
+                break
+            slack = [free - more for more, free in zip(extra, slack, strict=True)]
+            levels[index] = lower
+        following[item.group] = levels[index]
+    return tuple(_with_tied(items, levels))
+
+
+def _saving_row(items: Sequence[Item], moment: Moment, starts: np.ndarray) -> dict[int, int]:
+    """What each variable saves at a moment, by its column."""
+    row: dict[int, int] = {}
+    for index, count in moment.alive:
+        previous, tied_to = 0, items[index].tied_to
+        first = int(starts[index if tied_to is None else tied_to])
+        for level, saving in enumerate(items[index].savings):
+            row[first + level] = row.get(first + level, 0) + count * (saving - previous)
+            previous = saving
+    return row
+
+
+def _order_rows(items: Sequence[Item], starts: np.ndarray) -> list[list[tuple[int, float]]]:
+    """Rows that are at least 0: the levels of one item are reached in order, and along a group in the items' order."""
+    rows: list[list[tuple[int, float]]] = []
+    last: dict[Hashable, int] = {}
+    for index, item in enumerate(items):
+        first, levels = int(starts[index]), range(len(item.costs))
+        rows += [[(first + level, 1.0), (first + level + 1, -1.0)] for level in levels[:-1]]
+        before = last.get(item.group)
+        if before is not None:
+            cover = items[before].covered_by
+            freed = [] if cover is None else [(int(starts[cover]), 1.0)]
+            rows += [[(int(starts[before]) + level, 1.0), *freed, (first + level, -1.0)] for level in levels]
+        last[item.group] = index
+    return rows
+
+
+def _matrix(rows: Sequence[Sequence[tuple[int, float]]], width: int) -> csr_array:
+    """The sparse matrix whose rows are given as (column, entry) pairs."""
+    entries = [(index, *entry) for index, row in enumerate(rows) for entry in row]
+    indices, columns, data = zip(*entries, strict=True) if entries else ((), (), ())
+    return csr_array((data, (indices, columns)), shape=(len(rows), width))
+
+
+def _undominated(items: Sequence[Item], moments: Sequence[Moment]) -> list[Moment]:
+    """Drops each moment that is lower than one at which no more items are alive, but for items that add to it."""
+    kept: list[Moment] = []
+    for moment in sorted(moments, key=lambda m: (-m.peak_bytes, len(m.alive))):
+        alive = set(moment.alive)
+        if not any(
+            alive.issuperset(other.alive)
+            and not any(min(items[i].savings) < 0 for i, _ in alive.difference(other.alive))
+            for other in kept
+        ):
+            kept.append(moment)
+    return kept

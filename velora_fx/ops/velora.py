@@ -1,0 +1,265 @@
+"""The operators of VeLoRA: ``velora::compress``, ``velora::linear`` and, for its backward pass, ``velora::expand``
+(arXiv 2405.17991, section 3).
+
+Letters in shapes: D input features = G sub-tokens of size M, O output features, N rows (the product of all leading
+dimensions), dY the gradient of the output. For ``y = x Wᵀ`` only ``dW = dYᵀ x`` needs x. The paper keeps the
+projections ``z[n, g] = <x[n, g, :], v>`` and rebuilds ``x̂ = z ⊗ v`` in the backward pass. Here x̂ never exists: v does
+not depend on the row n, so ``dYᵀ x̂ = (dYᵀ z) ⊗ v``, the same number with 1/M of the work.
+"""
+
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from itertools import islice
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from velora_fx.ops.checks import check_compress, check_expand, check_linear
+
+_BLOCK_BYTES = 2**19
+
+
+def compress(x: Tensor, v: Tensor) -> Tensor:
+    """Projects every sub-token of x on its row of v: z[..., g] = <x[..., g*M:(g+1)*M], v[g]> (section 3.1).
+
+    x [..., D] and v [G, M], G * M = D, on one device, of float64, float32, bfloat16 or float16 each; returns z [..., G]
+    in x's dtype, summed in float32 or better. Not differentiable: z never requires a gradient. ValueError otherwise.
+    """
+    z: Tensor = torch.ops.velora.compress.default(x, v)
+    return z
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, v: Tensor, carrier: Tensor | None) -> Tensor:
+    """``torch.nn.functional.linear(x, weight, bias)``, bit for bit, whose weight gradient is taken from z and v.
+
+    x [..., D], weight [O, D], bias [O], z [..., G], v [G, M], carrier [O, G]; returns [..., O]. Gradients:
+    dx = dY W and dbias = Σ dY, both exact; dcarrier = dYᵀ z; dweight = reshape(dcarrier ⊗ v) (section 3.1 in closed
+    form). The carrier has no part in the forward pass: its gradient is the weight's, M times smaller. Saves the weight
+    if x wants a gradient, z if weight or carrier does, v if the weight does, and never x. ValueError for other shapes,
+    dtypes than those of `compress`, or several devices; NotImplementedError for derivatives in forward mode.
+    """
+    y: Tensor = torch.ops.velora.linear.default(x, weight, bias, z, v, carrier)
+    return y
+
+
+def expand(factor: Tensor, v: Tensor, transposed: bool) -> Tensor:
+    """reshape(factor ⊗ v): the weight's gradient of its factor dYᵀ z, in one pass over its memory.
+
+    factor [O, G] and v [G, M]; returns [O, G * M] in factor's dtype, multiplied in float32 or better and rounded once.
+    With `transposed` it has the strides of a transposed matrix, as a transposed weight's gradient needs them. Not
+    differentiable. ValueError for other shapes, dtypes than those of `compress`, or several devices.
+    """
+    dweight: Tensor = torch.ops.velora.expand.default(factor, v, transposed)
+    return dweight
+
+
+def compress_reference(x: Tensor, v: Tensor) -> Tensor:
+    """``compress`` in plain ATen: what compilers see, and the kernel of every device that has no own one.
+
+    Run eagerly it makes an [..., D] temporary of float32 or better.
+    """
+    check_compress(x, v)
+    accumulator = torch.promote_types(x.dtype, torch.float32)
+    v = v if v.dtype == accumulator else v.to(accumulator)  # else it is followed as a new tensor
+    groups = x.view(*x.shape[:-1], *v.shape)
+    return (groups.to(accumulator) * v).sum(-1).to(x.dtype)
+
+
+def expand_reference(factor: Tensor, v: Tensor, transposed: bool) -> Tensor:
+    """``expand`` in plain ATen, with no wider temporary of the result's size.
+
+    Where v is more precise than the factor it is split in two, v = high + low: rounding v would scale whole columns of
+    the gradient wrongly, while addcmul_ works in float32 inside and rounds once. The product with the low part is kept
+    finite, so that infinity times v is infinity: it is never added to its opposite, nor multiplied by a low part of 0.
+    """
+    check_expand(factor, v)
+    factor, v = (factor.t().unsqueeze(1), v.unsqueeze(-1)) if transposed else (factor.unsqueeze(-1), v)
+    high = v.to(factor.dtype)
+    if torch.promote_types(v.dtype, factor.dtype) == factor.dtype:
+        product = factor * high
+    else:
+        largest = torch.finfo(factor.dtype).max
+        product = (factor.clamp(-largest, largest) * (v - high).to(factor.dtype)).addcmul_(factor, high)
+    return product.flatten(0, 1).t() if transposed else product.flatten(1)
+
+
+def _linear_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, v: Tensor, carrier: Tensor | None
+) -> Tensor:
+    check_linear(x, weight, bias, z, v, carrier)
+    y = F.linear(x, weight, bias)
+    result: Tensor = torch.ops.aten._unsafe_view.default(y, y.shape)  # no view, which could not be written in place
+    return result
+
+
+_COMPRESS = torch.library.custom_op("velora::compress", compress_reference, mutates_args=())
+_LINEAR = torch.library.custom_op("velora::linear", _linear_forward, mutates_args=())
+_EXPAND = torch.library.custom_op("velora::expand", expand_reference, mutates_args=())
+
+
+@_COMPRESS.register_kernel("cpu")
+def _compress_cpu(x: Tensor, v: Tensor) -> Tensor:
+    """``compress_reference`` block by block, so that its temporaries stay in the processor's cache."""
+    return compress_blocks(x, v, None)
+
+
+@_COMPRESS.register_kernel("cuda")
+def _compress_cuda(x: Tensor, v: Tensor) -> Tensor:
+    """One Triton kernel; where there is no Triton (CUDA on Windows), block by block."""
+    if find_spec("triton") is None:
+        return compress_blocks(x, v, None)
+    from velora_fx.ops.kernels import compress as kernel
+
+    check_compress(x, v)
+    with torch.cuda.device(x.device):  # Triton launches on the current one
+        return kernel.compress(x, v)
+
+
+@_EXPAND.register_kernel("cuda")
+def _expand_cuda(factor: Tensor, v: Tensor, transposed: bool) -> Tensor:
+    if find_spec("triton") is None:
+        return expand_reference(factor, v, transposed)
+    from velora_fx.ops.kernels import expand as kernel
+
+    check_expand(factor, v)
+    with torch.cuda.device(factor.device):
+        return kernel.expand(factor, v, transposed)
+
+
+def compress_blocks(x: Tensor, v: Tensor, num_blocks: int | None) -> Tensor:
+    """The kernel for CPUs, for the first blocks of rows only: the first takes as much memory as any other."""
+    check_compress(x, v)
+    accumulator = torch.promote_types(x.dtype, torch.float32)
+    v = v if v.dtype == accumulator else v.to(accumulator)
+    rows = max(1, _BLOCK_BYTES // max(1, v.numel() * accumulator.itemsize))
+    z = x.new_empty(*x.shape[:-1], v.shape[0])
+    for x_block, z_block in islice(_row_blocks(x.view(*x.shape[:-1], *v.shape), z, rows), num_blocks):
+        # One expression, so that a block dies before the next is made; in low precision the cast made a copy to reuse.
+        z_block.copy_((x_block * v if x.dtype == accumulator else x_block.to(accumulator).mul_(v)).sum(-1))
+    return z
+
+
+def _row_blocks(x: Tensor, z: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of x [..., G, M] and z [..., G] of at most ``rows`` rows each; to flatten a strided x would copy it."""
+    if x.dim() == 2:
+        yield x, z
+    elif (rows_inside := max(1, prod(x.shape[1:-2]))) <= rows:
+        step = rows // rows_inside
+        yield from zip(torch.split(x, step), torch.split(z, step), strict=True)
+    else:
+        for x_part, z_part in zip(x, z, strict=True):
+            yield from _row_blocks(x_part, z_part, rows)
+
+
+@_COMPRESS.register_fake
+def _compress_fake(x: Tensor, v: Tensor) -> Tensor:
+    check_compress(x, v)
+    return x.new_empty(*x.shape[:-1], v.shape[0])
+
+
+@_LINEAR.register_fake
+def _linear_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, v: Tensor, carrier: Tensor | None
+) -> Tensor:
+    check_linear(x, weight, bias, z, v, carrier)
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@_EXPAND.register_fake
+def _expand_fake(factor: Tensor, v: Tensor, transposed: bool) -> Tensor:
+    check_expand(factor, v)
+    out, width = factor.shape[0], v.shape[0] * v.shape[1]
+    return factor.new_empty(width, out).t() if transposed else factor.new_empty(out, width)
+
+
+def _compress_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.mark_non_differentiable(output)
+
+
+def _compress_backward(ctx: Any, dz: Tensor) -> tuple[None, None]:
+    return None, None
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, weight, _, z, v, _ = inputs
+    needs_x, needs_weight, _, _, _, needs_carrier = ctx.needs_input_grad[:6]
+    saved_z = z if needs_weight or needs_carrier else None
+    ctx.is_transposed = not weight.is_contiguous() and weight.t().is_contiguous()  # as Conv1D's is: so its gradient
+    ctx.save_for_backward(weight if needs_x else None, saved_z, v if needs_weight else None)
+
+
+def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    weight, z, v = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, _, _, needs_carrier = ctx.needs_input_grad
+    num_rows = prod(dy.shape[:-1])  # -1 would be ambiguous where a size is 0
+    rows = dy.reshape(num_rows, dy.shape[-1])
+    dx = dweight = dbias = dcarrier = None
+    if needs_x:
+        dx = (rows @ weight).reshape(*dy.shape[:-1], weight.shape[1])
+    if needs_bias:
+        dbias = rows.sum(0)
+    if needs_weight or needs_carrier:
+        # Under autocast dY is in low precision and z is not.
+        factor = rows.t() @ z.reshape(num_rows, z.shape[-1]).to(dy.dtype)
+        dweight = expand(factor, v, ctx.is_transposed) if needs_weight else None
+        dcarrier = factor if needs_carrier else None
+    return dx, dweight, dbias, None, None, dcarrier
+
+
+def _decomposed_into(plain: Callable[..., Tensor]) -> Callable[..., Any]:
+    """The rule by which AOTAutograd traces ``plain`` in place of its operator, below autograd.
+
+    An entry in Inductor's decomposition table would do the same for Inductor alone, would cost 0.8 s of import, and is
+    lost when a model was compiled before this module was imported: Inductor copies its table once.
+    """
+
+    def rule(mode: Any, op: Any, types: tuple[type, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not all(issubclass(t, (FunctionalTensor, FakeTensor)) or t is Tensor for t in types):
+            return NotImplemented  # a subclass unwraps itself first
+        with mode:
+            return plain(*args, **kwargs)
+
+    return rule
+
+
+def _autocast(device_type: str, key: torch._C.DispatchKey) -> Callable[..., Tensor]:
+    def kernel(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, v: Tensor, carrier: Tensor | None) -> Tensor:
+        dtype = torch.get_autocast_dtype(device_type)
+        x, weight = _autocast_to(dtype, x), _autocast_to(dtype, weight)
+        bias = bias if bias is None else _autocast_to(dtype, bias)
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            return linear(x, weight, bias, z, v, carrier)
+
+    return kernel
+
+
+def _autocast_to(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    # As aten::linear has it: float64 is left alone.
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+
+def _compress_flops(x: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * prod(x)
+
+
+def _linear_flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * prod(x) * weight[0]
+
+
+_COMPRESS.register_autograd(_compress_backward, setup_context=_compress_setup)
+_LINEAR.register_autograd(_linear_backward, setup_context=_linear_setup)
+_COMPRESS.register_torch_dispatch(FunctionalTensorMode, _decomposed_into(compress_reference))
+_LINEAR.register_torch_dispatch(FunctionalTensorMode, _decomposed_into(_linear_forward))
+_EXPAND.register_torch_dispatch(FunctionalTensorMode, _decomposed_into(expand_reference))
+register_flop_formula(torch.ops.velora.compress)(_compress_flops)
+register_flop_formula(torch.ops.velora.linear)(_linear_flops)
+# custom_op's own register_autocast would fix one dtype here and now, and would cast z, v and the carrier too.
+_AUTOCAST = torch.library.Library("velora", "FRAGMENT")  # type: ignore[no-untyped-call]
+_AUTOCAST.impl("linear", _autocast("cpu", torch._C.DispatchKey.AutocastCPU), "AutocastCPU")  # type: ignore[no-untyped-call]
+_AUTOCAST.impl("linear", _autocast("cuda", torch._C.DispatchKey.AutocastCUDA), "AutocastCUDA")  # type: ignore[no-untyped-call]

@@ -1,0 +1,280 @@
+"""What happens around an optimizer's step of a model with factored gradients."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.optim import optimizer as torch_optimizer
+from torch.utils.hooks import RemovableHandle
+
+from velora_fx.capture import own_carriers
+from velora_fx.ops import fold
+from velora_fx.runtime.exactness import check_exactness, kept_share, settings_of
+from velora_fx.runtime.optimizers import leave
+from velora_fx.runtime.region import Region
+from velora_fx.runtime.shards import Shard, local_shard
+
+
+@dataclass(frozen=True)
+class Factored:
+    """A weight with a factored gradient, its carrier and its projection v [G, M]."""
+
+    name: str
+    weight: torch.nn.Parameter
+    carrier: torch.nn.Parameter
+    v: torch.Tensor
+    input_dim: int
+
+    @property
+    def scale(self) -> float:
+        """|v|, the same for all of its entries: 1 / √M."""
+        return float(self.v.shape[1] ** -0.5)
+
+
+Held = tuple[Factored, Mapping[str, Any]]  # with the group of parameters that its carrier is in
+
+
+@dataclass
+class Step:
+    """A step in progress: what the optimizer holds, what of it has a gradient and the share of the weight that decay
+    leaves, and the scaled gradients with their versions. `frame` is that of the call."""
+
+    frame: FrameType | None
+    held: list[Held]
+    stepped: list[tuple[Factored, Any]]
+    scaled: list[tuple[torch.Tensor, int, float]]
+
+
+class Folding:
+    """Has every optimizer that holds carriers of its regions step their weights.
+
+    Before a step it multiplies the carriers' gradients by |v|, so that the optimizer sees the magnitudes of the dense
+    gradient; after it, what the carriers have become is spread over the weights (`fold`), decayed as the optimizer
+    would have, and the carriers are zero again. The regions hold it, and it hangs on all optimizers while there are any
+    or while carriers that were taken out are still held. An optimizer that holds such a carrier, or a weight but not
+    its carrier, or that is not exact with carriers, is refused with RuntimeError before it changes anything. A step
+    that `GradScaler` skips changes nothing.
+    """
+
+    def __init__(self) -> None:
+        self.regions: weakref.WeakSet[Region] = weakref.WeakSet()
+        self.retired: dict[int, weakref.ref[torch.Tensor]] = {}
+        self.checked: set[tuple[Any, ...]] = set()
+        self.steps: dict[int, Step] = {}
+        self.handles: tuple[RemovableHandle, ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Folding, ()  # copies of regions add themselves
+
+    def add(self, region: Region) -> None:
+        """Takes up a region whose carriers are in place."""
+        self.regions.add(region)
+        self._hold()
+
+    def _hold(self) -> None:
+        if not self.handles:
+            before, after = _Before(weakref.ref(self)), _After(weakref.ref(self))
+            before.handle = torch_optimizer.register_optimizer_step_pre_hook(before)
+            after.handle = torch_optimizer.register_optimizer_step_post_hook(after)
+            self.handles = before.handle, after.handle
+
+    def discard(self, region: Region) -> None:
+        """Lets a region go, and goes off the optimizers with the last one."""
+        self.regions.discard(region)
+        if not self.regions and not self.retired:
+            self.release()
+
+    def retire(self, carriers: Iterable[torch.nn.Parameter]) -> None:
+        """Remembers carriers that were taken out of the model, as long as someone holds them."""
+        for carrier in carriers:
+            self.retired[id(carrier)] = weakref.ref(carrier, partial(_forget, weakref.ref(self), id(carrier)))
+            carrier._velora_folding = self  # type: ignore[attr-defined]  # lives as long as they do
+        self._hold()
+
+    def release(self) -> None:
+        """Takes it off the optimizers."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = ()
+
+    def factored(self) -> Iterator[Factored]:
+        """The live weights with carriers; modules may have got other parameters meanwhile (FSDP2)."""
+        for region in sorted(self.regions, key=lambda region: region.name):
+            for choice in region.choices.values():
+                if choice.carrier:
+                    owner, _, weight = choice.carrier.parameter.rpartition(".")
+                    name = f"{region.name}.{choice.carrier.parameter}".lstrip(".")
+                    module = region.block.get_submodule(owner)
+                    carrier = own_carriers(module).get(choice.carrier.name.rpartition(".")[2])
+                    if carrier is not None:  # else the module was replaced
+                        v = region.placed_by_name(carrier.device)[choice.tensor]
+                        yield Factored(name, module.get_parameter(weight), carrier, v, choice.carrier.input_dim)
+
+    def before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Refuses what would not be exact, and scales the gradients: after the closure, where there is one."""
+        last = self.steps.pop(id(optimizer), None)
+        if last is not None and _is_running(last.frame):  # a step that calls that of its base class
+            self.steps[id(optimizer)] = last
+            return None
+        if last is not None:
+            _unscale(last)  # it failed
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        found = list(self.factored())
+        held: list[Held] = [(item, groups[id(item.carrier)]) for item in found if id(item.carrier) in groups]
+        self._check(optimizer, groups, found, held)
+        if not held:
+            return None
+        step = self.steps[id(optimizer)] = Step(_caller(), held, [], [])
+        torch._foreach_zero_([item.carrier for item, _ in held])  # after `to_empty` they hold anything
+        is_positional = len(args) > 1  # behind the optimizer itself
+        closure = args[1] if is_positional else kwargs.get("closure")
+        if closure is None:
+            _scale(step)
+            return None
+        scaled = partial(_scaled_after, closure, step)
+        return ((args[0], scaled, *args[2:]), kwargs) if is_positional else (args, {**kwargs, "closure": scaled})
+
+    def after(self, optimizer: torch.optim.Optimizer) -> None:
+        """Folds what was stepped."""
+        step = self.steps.get(id(optimizer))
+        if step is None or _caller() is not step.frame:
+            return
+        del self.steps[id(optimizer)]
+        together: dict[tuple[Any, ...], list[Shard]] = defaultdict(list)
+        keeps: dict[tuple[Any, ...], Any] = {}
+        for item, keep in step.stepped:
+            shard = local_shard(item.weight, item.carrier, item.v, item.input_dim)
+            key = (keep if isinstance(keep, float) else id(keep), shard.weight.device)
+            together[key].append(shard)
+            keeps[key] = keep
+        skipped = getattr(optimizer, "found_inf", None)
+        for key, shards in together.items():
+            keep = torch.as_tensor(keeps[key], dtype=torch.float64)
+            if skipped is not None:  # the step itself looks at it, so that nothing has to wait for the device
+                share = keep if keep.device == skipped.device else torch.full_like(skipped, float(keep))
+                keep = torch.where(skipped.bool(), torch.ones_like(share), share)
+            fold([s.weight for s in shards], [s.carrier for s in shards], [s.v for s in shards], keep)
+        _unscale(step)
+
+    def _check(
+        self,
+        optimizer: torch.optim.Optimizer,
+        groups: Mapping[int, Any],
+        found: Sequence[Factored],
+        held: Sequence[Held],
+    ) -> None:
+        name = type(optimizer).__name__
+        for item in found:
+            self.retired.pop(id(item.carrier), None)  # put back, after an optimize that failed
+        if any(number in groups for number, carrier in self.retired.items() if carrier() is not None):
+            raise RuntimeError(
+                f"velora_fx: {name} holds carriers that restore or another optimize has taken out of the model: make "
+                "the optimizer anew"
+            )
+        for item in found:
+            if id(item.weight) in groups and id(item.carrier) not in groups:
+                raise RuntimeError(
+                    f"velora_fx: {name} holds {item.name} but not {item.name}_carrier, which has its gradient: make "
+                    "the optimizer from model.parameters() after velora_fx.optimize, not before"
+                )
+        weights: set[int] = set()
+        for item, group in held:
+            if item.weight.grad is not None:
+                raise RuntimeError(
+                    f"velora_fx: {item.name} has a gradient of its own besides {item.name}_carrier: call "
+                    "requires_grad_(False) on it, set its .grad to None, and keep the weight out of the loss"
+                )
+            if id(item.weight) in weights:
+                raise RuntimeError(
+                    f"velora_fx: {item.name} was tied to another weight after velora_fx.optimize: tie weights before"
+                )
+            weights.add(id(item.weight))
+            settings = (type(optimizer), *settings_of(group))
+            if settings not in self.checked:
+                check_exactness(optimizer, group)
+                self.checked.add(settings)
+
+
+class _Before:
+    """Lets optimizers call a Folding without keeping it, and its model, alive."""
+
+    def __init__(self, folding: Callable[[], Folding | None]) -> None:
+        self.folding = folding
+        self.handle: RemovableHandle | None = None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        folding = self.folding()
+        if folding is None or not (folding.regions or folding.retired):
+            leave(self.handle)
+            return None
+        with torch.no_grad():
+            return folding.before(optimizer, args, kwargs)
+
+
+class _After(_Before):
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        folding = self.folding()
+        if folding is None or not (folding.regions or folding.retired):
+            leave(self.handle)
+            return
+        with torch.no_grad():
+            folding.after(optimizer)
+
+
+def _forget(folding: Callable[[], Folding | None], number: int, _: Any) -> None:
+    owner = folding()
+    if owner is not None:
+        owner.retired.pop(number, None)
+
+
+def _caller() -> FrameType | None:
+    """The frame in which PyTorch calls the hooks of a step."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_filename != torch_optimizer.__file__:
+        frame = frame.f_back
+    return frame
+
+
+def _is_running(frame: FrameType | None) -> bool:
+    current: FrameType | None = sys._getframe()
+    while current is not None and current is not frame:
+        current = current.f_back
+    return frame is not None and current is frame
+
+
+def _scaled_after(closure: Callable[[], Any], step: Step) -> Any:
+    loss = closure()
+    with torch.no_grad():
+        _scale(step)
+    return loss
+
+
+def _scale(step: Step) -> None:
+    """Multiplies the gradients by |v|, and notes what is stepped and how it decays: hooks may change that meanwhile."""
+    step.stepped = [(item, kept_share(group)) for item, group in step.held if item.carrier.grad is not None]
+    scales = [(item.carrier.grad, item.scale) for item, _ in step.stepped if item.carrier.grad is not None]
+    _multiply(scales)
+    step.scaled = [(gradient, gradient._version, scale) for gradient, scale in scales]
+
+
+def _unscale(step: Step) -> None:
+    """Divides those gradients again that are still what they were multiplied to."""
+    _multiply([(gradient, 1 / scale) for gradient, version, scale in step.scaled if gradient._version == version])
+
+
+def _multiply(scaled: Iterable[tuple[torch.Tensor, float]]) -> None:
+    together: dict[tuple[Any, ...], list[torch.Tensor]] = defaultdict(list)
+    for gradient, scale in scaled:
+        together[scale, type(gradient)].append(gradient)
+    for (scale, _), gradients in together.items():
+        torch._foreach_mul_(gradients, scale)

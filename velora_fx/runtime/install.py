@@ -1,0 +1,54 @@
+"""Puts regions into a model and takes them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from velora_fx.capture import RegionGraph
+from velora_fx.ops import sign_projection
+from velora_fx.passes.swap import Choice
+from velora_fx.runtime.carriers import add_carriers
+from velora_fx.runtime.factored_step import Folding
+from velora_fx.runtime.notices import Notices
+from velora_fx.runtime.region import Region, rewritten
+
+
+@dataclass(frozen=True)
+class RegionPlan:
+    """What to install on one region: its prepared graphs, the choice for each consumer, and each tensor's width."""
+
+    graphs: tuple[RegionGraph, ...]
+    choices: Mapping[str, Choice]
+    widths: Mapping[str, int]
+
+
+def install(
+    model: torch.nn.Module, plans: Mapping[str, RegionPlan], seed: int, target: str | None = None
+) -> list[Region]:
+    """Installs the regions, with the carriers of their weights; those with the same graphs and choices share their
+    rewritten graphs. `target` is what was planned for, None where it does not matter."""
+    shared: dict[tuple[object, ...], list[RegionGraph]] = {}
+    regions, folding, notices = [], Folding(), Notices(target)
+    for name, plan in plans.items():
+        block = model.get_submodule(name)
+        key = (*(id(graph) for graph in plan.graphs), *plan.choices.items())
+        if key not in shared:
+            shared[key] = [rewritten(graph, plan.choices) for graph in plan.graphs]
+        dtype = torch.promote_types(torch.float32, next(block.parameters()).dtype)
+        projections = {
+            choice.tensor: sign_projection(
+                seed, name, choice.tensor, plan.widths[choice.tensor] // choice.sub_token_size, choice.sub_token_size,
+                dtype,
+            )
+            for choice in plan.choices.values()
+        }  # fmt: skip
+        region = Region(name, block, plan.choices, projections, shared[key], notices)
+        if region.carriers:
+            add_carriers(region)
+            region.listener = folding
+        region.install()
+        regions.append(region)
+    return regions

@@ -1,0 +1,68 @@
+"""What is said about a model in training: each thing once, whichever of its blocks it is true of."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Protocol
+
+import torch
+
+
+class Named(Protocol):
+    """What is spoken of: a region."""
+
+    name: str
+
+
+class Notices:
+    """The warnings of the regions of one model; `target` is what its plan is for, None if anything will do.
+
+    A copy of the model has its own, which begin with what was said before.
+    """
+
+    def __init__(self, target: str | None) -> None:
+        self.target = target
+        self.said: set[str] = set()
+        self.eager_calls: dict[str, int] = {}
+
+    def say(self, region: str, text: str, example: str = "") -> None:
+        """Warns of something that is true of a region, unless the same was said of another one, or with another
+        example."""
+        if text not in self.said:
+            self.said.add(text)
+            warnings.warn(
+                f"velora_fx: {region or 'the model'} {text}{example} (said once, whatever other blocks it is true of)",
+                stacklevel=4,
+            )
+
+    def check_target(self, region: Named) -> None:
+        """Warns of a region that runs otherwise than it was planned for, but for a first step before it is compiled."""
+        if torch.compiler.is_compiling():
+            if self.target == "eager":
+                from torch._dynamo.comptime import comptime
+
+                comptime(_say_compiled)
+        elif self.target == "inductor":
+            calls = self.eager_calls[region.name] = self.eager_calls.get(region.name, 0) + 1
+            if calls == ENOUGH_EAGER_CALLS:
+                self.say(region.name, EAGER)
+
+
+ENOUGH_EAGER_CALLS = 4  # two steps of a block that is called once more by a checkpoint
+EAGER = (
+    "runs eagerly, which keeps other tensors than the compiled step that was planned for: compile the model with "
+    "torch.compile, or plan with target='eager'"
+)
+COMPILED = (
+    "runs under torch.compile, where other tensors are kept than in the eager step that was planned for: plan with "
+    "target='inductor'"
+)
+
+
+def _say_compiled(context: Any) -> None:
+    """Runs while Dynamo traces `check_target`, with its locals: an ordinary warning would not be seen there.
+
+    The name is that of the real region, on which no compiled code depends: equal blocks share theirs.
+    """
+    region = context.get_local("region")._i_will_not_complain_if_bc_breaks_VariableTracker().value
+    region.notices.say(region.name, COMPILED)

@@ -1,0 +1,20 @@
+"""The same step as it runs under torch.compile."""
+
+from velora_fx.simulate.compiled.block_calls import ALL_JOINED, all_calls, inner_calls, no_calls
+from velora_fx.simulate.compiled.inductor import Inductor, Observe
+from velora_fx.simulate.compiled.per_block import compile_blocks
+from velora_fx.simulate.compiled.program import Apart, ObserverOf, compiled_forward, unobserved
+
+__all__ = [
+    "ALL_JOINED",
+    "Apart",
+    "Inductor",
+    "Observe",
+    "ObserverOf",
+    "all_calls",
+    "compile_blocks",
+    "compiled_forward",
+    "inner_calls",
+    "no_calls",
+    "unobserved",
+]
