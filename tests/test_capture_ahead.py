@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import velora_fx
-from tests.gradients import assert_same_gradients, step, tightest
-from tests.toys import Stack, compressed, rows, without_dropout
-from tests.zoo import loss_of
+from tests.helpers.gradients import assert_same_gradients, step, tightest
+from tests.helpers.toys import Stack, compressed, rows, without_dropout
+from tests.helpers.zoo import loss_of
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 import velora_fx
-from tests.toys import rows, stack
+from tests.helpers.toys import rows, stack
 from velora_fx.peaks import Measured
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
-from tests.graph_text import call, gradients, graph_text, operations, prepared, same
+from tests.helpers.graph_text import call, gradients, graph_text, operations, prepared, same
 from velora_fx.capture.export import capture
 from velora_fx.passes import run
 from velora_fx.passes.canonicalize import canonicalize

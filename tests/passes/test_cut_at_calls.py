@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
-from tests.graph_text import golden, graph_text, prepared
+from tests.helpers.graph_text import golden, graph_text, prepared
 from velora_fx.capture import state_of
 from velora_fx.passes.cut_at_calls import Segment, cut_at_calls
 

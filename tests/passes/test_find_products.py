@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.graph_text import graph_text, prepared
+from tests.helpers.graph_text import graph_text, prepared
 from velora_fx.passes import run
 from velora_fx.passes.find_products import Product, find_products
 from velora_fx.passes.swap import Choice, swap

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.graph_text import operations, prepared
+from tests.helpers.graph_text import operations, prepared
 from velora_fx.capture import state_of
 from velora_fx.passes.hoist_shared import hoist_shared
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tests.graph_text import golden, graph_text, prepared
+from tests.helpers.graph_text import golden, graph_text, prepared
 from velora_fx.capture import state_of
 from velora_fx.passes.join_graphs import Piece, join_graphs
 

@@ -16,8 +16,8 @@ from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
-from tests.graph_text import prepared
-from tests.padding import padded_products
+from tests.helpers.graph_text import prepared
+from tests.helpers.padding import padded_products
 from velora_fx.capture import state_of
 from velora_fx.passes.kept_for_backward import Kept, kept_for_backward
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tests.graph_text import prepared
+from tests.helpers.graph_text import prepared
 from velora_fx.passes.mutated_state import mutated_state
 
 

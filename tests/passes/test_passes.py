@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from tests.graph_text import call, operations, prepared
+from tests.helpers.graph_text import call, operations, prepared
 from velora_fx.passes import PREPARE, run
 from velora_fx.passes.canonicalize import canonicalize
 from velora_fx.passes.inline_state_regions import inline_state_regions

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
-from tests.graph_text import graph_text, prepared
+from tests.helpers.graph_text import graph_text, prepared
 from velora_fx.capture import state_of
 from velora_fx.passes.recompute_in_backward import recompute_in_backward
 from velora_fx.runtime import CONTEXTS

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
-from tests.graph_text import graph_text, operations, prepared
+from tests.helpers.graph_text import graph_text, operations, prepared
 from velora_fx.capture import state_of
 from velora_fx.passes import run
 from velora_fx.passes.swap import Carrier, Choice, swap

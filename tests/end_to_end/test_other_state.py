@@ -1,0 +1,109 @@
+"""Plans that are applied to a model in another state, and models that are distributed already."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import velora_fx
+from tests.end_to_end.test_memory import batch_of, llama
+from tests.helpers.gradients import compressed_weights, tightest
+from tests.helpers.toys import rows, stack
+from tests.test_session import is_untouched
+from velora_fx.first_forward import FirstForward
+
+
+def test_a_plan_made_without_autocast_is_refused_under_it_with_the_reason() -> None:
+    model, batch = llama().train(), batch_of(llama())
+    plan = tightest(model, batch)
+    other = r"an input of \S*q_proj, one of \S*k_proj, one of \S*v_proj, and autocast is on: .* plan under the autocast"
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=other):
+        velora_fx.optimize(model, plan=plan, example_inputs=batch)
+    assert is_untouched(model)
+
+
+def test_a_plan_made_under_autocast_is_refused_without_it_with_the_reason() -> None:
+    model, batch = llama().train(), batch_of(llama())
+    with torch.autocast("cpu", torch.bfloat16):
+        plan = tightest(model, batch)
+    with pytest.raises(ValueError, match=r"q_proj and \S*k_proj and \S*v_proj, and autocast is off"):
+        velora_fx.optimize(model, plan=plan, example_inputs=batch)
+    assert is_untouched(model)
+
+
+@pytest.mark.parametrize(
+    "lazy", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["at once", "at the first forward"]
+)
+def test_a_compiled_plan_is_analysed_for_compiled_steps(lazy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        plan, model = tightest(stack(), (rows(),), target="inductor"), stack()
+        velora_fx.optimize(model, plan=plan, example_inputs=None if lazy else (rows(),))
+        model(rows())
+    assert velora_fx.plan_of(model).target == "inductor"
+    assert len(compressed_weights(model)) == len({name for d in plan.compressed for name in d.consumers})
+
+
+def test_another_target_than_the_plans_is_refused() -> None:
+    plan, model = tightest(stack(), (rows(),)), stack()
+    with pytest.raises(ValueError, match=r"the plan is for target='eager', got target='inductor': leave it out"):
+        velora_fx.optimize(model, plan=plan, target="inductor", example_inputs=(rows(),))
+    assert is_untouched(model)
+
+
+@pytest.fixture
+def group(tmp_path: Any) -> Any:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    for block in model.blocks:  # type: ignore[union-attr]
+        fully_shard(block)
+    return fully_shard(model)
+
+
+WRAPPED = r"comes before DDP, FSDP and DTensor, and .* is wrapped already: call velora_fx.optimize on the plain model"
+
+
+@pytest.mark.parametrize("gradients", ["dense", "factored"])
+@pytest.mark.parametrize("wrap", [sharded, DistributedDataParallel], ids=["FSDP2", "DDP"])
+def test_a_model_that_is_wrapped_already_is_refused(group: None, wrap: Any, gradients: str) -> None:
+    plan = tightest(stack(), (rows(),), gradients=gradients)
+    model = wrap(stack())
+    before = {name: id(parameter) for name, parameter in model.named_parameters()}
+    hooks = [len(module._forward_pre_hooks) for module in model.modules()]
+    for call in (
+        lambda: velora_fx.plan(model, 1, (rows(),), gradients=gradients),
+        lambda: velora_fx.optimize(model, 1, (rows(),), gradients=gradients),
+        lambda: velora_fx.optimize(model, plan=plan, example_inputs=(rows(),)),
+        lambda: velora_fx.optimize(model, plan=replace(plan, gradients="dense")),
+    ):
+        with pytest.raises(ValueError, match=WRAPPED):
+            call()
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
+    assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
+    model(rows()).backward()
+
+
+def test_a_model_that_is_sharded_before_its_first_forward_is_refused_there(group: None) -> None:
+    model = sharded(velora_fx.optimize(stack(), 1))
+    with pytest.raises(ValueError, match=WRAPPED):
+        model(rows())
+    velora_fx.restore(model)
+    assert not any(isinstance(vars(module).get("forward"), FirstForward) for module in model.modules())
+    model(rows()).backward()
+
+
+def test_a_model_under_ddp_is_planned_at_its_first_forward(group: None) -> None:
+    plan = tightest(stack(), (rows(),))
+    model = DistributedDataParallel(velora_fx.optimize(stack(), plan=plan))
+    model(rows()).backward()
+    assert velora_fx.plan_of(model).compressed == plan.compressed

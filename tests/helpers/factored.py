@@ -1,0 +1,87 @@
+"""Small models with factored gradients, and what they are compared with: the same plan with dense ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import velora_fx
+from tests.helpers.gradients import tightest
+from tests.helpers.toys import rows, stack
+from tests.helpers.zoo import ZOO, loss_of
+
+CASES = {case.name: case for case in ZOO}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A model with factored and one with dense gradients, and its batch of a number."""
+
+    factored: nn.Module
+    dense: nn.Module
+    batch: Callable[[int], Any]
+
+    def copies(self) -> tuple[nn.Module, nn.Module]:
+        """Copies to train."""
+        return copy.deepcopy(self.factored), copy.deepcopy(self.dense)
+
+
+@cache
+def pair(name: str, target: str = "eager") -> Pair:
+    """In float64 and without dropout: a `Stack`, or a model of the zoo."""
+    if name == "stack":
+        model: nn.Module = stack().double()
+
+        def batch(number: int) -> dict[str, Tensor]:
+            return {"x": rows().double() + number}
+    else:
+        case = CASES[name]
+        model = case.build().double()
+        if hasattr(model, "config"):
+            model.config.use_cache = False
+
+        def batch(number: int) -> dict[str, Tensor]:
+            inputs = case.batch(*case.shapes[0], seed=number)
+            return {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
+
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    loss = (lambda loss: loss) if name == "stack" else loss_of
+    plan = tightest(model, batch(0), gradients="factored", target=target, loss_fn=loss)
+    both = [
+        velora_fx.optimize(copy.deepcopy(model), plan=made, example_inputs=batch(0), loss_fn=loss)
+        for made in (plan, replace(plan, gradients="dense"))
+    ]
+    return Pair(*both, batch)
+
+
+def loss_value(output: Any) -> Tensor:
+    """The scalar of a `Stack` or of a model of the zoo."""
+    return output if isinstance(output, Tensor) and output.dim() == 0 else loss_of(output)
+
+
+def carriers(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The carriers by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if name.endswith("_carrier")}
+
+
+def assert_same_weights(ours: nn.Module, reference: nn.Module, start: nn.Module, tolerance: float = 1e-9) -> None:
+    """||a - b|| <= tolerance * max(||b||, 1e-3 ||all of the model||), all finite, compressed weights changed."""
+    expected, before = reference.state_dict(), start.state_dict()
+    found = ours.state_dict()
+    assert list(found) == list(expected)
+    total = torch.stack([value.double().norm() for value in expected.values()]).norm()
+    for name, value in found.items():
+        assert value.isfinite().all(), name
+        error = (value.double() - expected[name].double()).norm()
+        assert error <= tolerance * max(expected[name].double().norm(), 1e-3 * total), f"{name}: {error:.3g}"
+    for name in carriers(ours):
+        weight = name.removesuffix("_carrier")
+        assert not torch.equal(found[weight], before[weight]), f"{weight} was not trained"

@@ -1,0 +1,186 @@
+"""Blocks that recompute in backward: exact gradients, less memory, no trace in eval mode."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import velora_fx
+from tests.end_to_end.test_memory import batch_of, bert, gpt2, llama, measured_peak
+from tests.helpers.gradients import assert_same_gradients, step
+from tests.helpers.toys import Block, Stack, rows, stack, without_dropout
+from tests.helpers.zoo import loss_of
+from velora_fx.runtime import Checkpointed, install_checkpointing
+
+
+def ends(model: nn.Module, batch: Any, **options: Any) -> tuple[int, int]:
+    """The smallest exactly reachable and the untouched peak."""
+    with pytest.raises(velora_fx.BudgetError) as raised:
+        velora_fx.plan(model, 1e-9, batch, exact_only=True, **options)
+    return raised.value.smallest_peak_bytes, raised.value.plan.baseline.peak_bytes
+
+
+def exactly(model: nn.Module, batch: Any, share: float, **options: Any) -> velora_fx.Plan:
+    """Optimises the model exactly, the budget so far from the smallest reachable to the untouched peak."""
+    smallest, untouched = ends(model, batch, **options)
+    velora_fx.optimize(
+        model, (smallest + share * (untouched - smallest) + 1) / 2**30, batch, exact_only=True, **options
+    )
+    return velora_fx.plan_of(model)
+
+
+@pytest.mark.parametrize(
+    ("make", "share"),
+    [
+        (llama, 0.5),
+        *(
+            pytest.param(make, share, marks=pytest.mark.slow)
+            for make, share in ((llama, 0.0), (llama, 0.9), (gpt2, 0.5), (bert, 0.5))
+        ),
+    ],
+)
+def test_exact_plans_fit_the_budget_on_the_real_allocator_and_change_no_gradient(make: Any, share: float) -> None:
+    torch.manual_seed(0)
+    model = make().train()
+    batch, reference = batch_of(model), copy.deepcopy(model)
+    plan = exactly(model, batch, share)
+    assert plan.recomputed and not plan.compressed and plan.exact is None
+    expected, got = step(reference, batch, loss_of), step(model, batch, loss_of)
+    assert torch.equal(got.loss, expected.loss)
+    assert_same_gradients(model, reference)
+    measured = measured_peak(model, batch)
+    assert abs(plan.planned.peak_bytes - measured) <= 0.02 * measured
+    assert plan.budget_bytes is not None and measured <= plan.budget_bytes * 1.002
+
+
+@pytest.mark.slow
+def test_what_is_cheap_is_recomputed_first() -> None:
+    model = llama().train()
+    generous, tight = (exactly(llama().train(), batch_of(model), share) for share in (0.9, 0.0))
+    assert {block.recompute for block in generous.recomputed} == {"pointwise"}
+    assert {block.recompute for block in tight.recomputed} == {"all"}
+    assert generous.planned.step_seconds / generous.baseline.step_seconds > 1
+    assert generous.planned.step_seconds < tight.planned.step_seconds
+
+
+def test_compiled_as_a_whole_the_gradients_are_the_same() -> None:
+    model, x = without_dropout(stack()), rows()
+    reference = copy.deepcopy(model)
+    install_checkpointing(model, {"blocks.0": "pointwise", "blocks.1": "all"})
+    reference(x).backward()
+    torch.compile(model, fullgraph=True, backend="aot_eager")(x).backward()
+    assert_same_gradients(model, reference)
+
+
+def test_eval_and_no_grad_run_the_original_forward() -> None:
+    model, calls = stack(), []
+    original = Block.forward
+    stand_in = Checkpointed("", model.blocks[0], "all")
+    stand_in.original = lambda *args, **kwargs: calls.append(args) or original(model.blocks[0], *args, **kwargs)
+    stand_in.install()
+    model.eval()(rows()).backward()
+    assert len(calls) == 1  # and not once more in backward
+    with torch.no_grad():
+        model.train()(rows())
+    assert len(calls) == 2
+    model(rows()).backward()
+    assert len(calls) == 4  # once more in backward
+
+
+def test_restore_copies_and_pickles() -> None:
+    model, x = stack(width=64), (rows(64, 64, 64),)
+    plan = exactly(model, x, 0.5, optimizer="sgd")
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    names = [block.region for block in plan.recomputed]
+    assert all(isinstance(vars(copied.get_submodule(name))["forward"], Checkpointed) for name in names)
+    assert vars(copied.get_submodule(names[0]))["forward"].block is copied.get_submodule(names[0])
+    velora_fx.restore(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_plan_that_recomputes_can_be_saved_and_applied_to_another_model() -> None:
+    x = (rows(64, 64, 64),)
+    plan = exactly(stack(width=64), x, 0.5, optimizer="sgd")
+    model = stack(width=64)
+    velora_fx.optimize(model, plan=velora_fx.Plan.from_json(plan.to_json()), example_inputs=x)
+    assert [name for name, module in model.named_modules() if "forward" in vars(module)] == [
+        block.region for block in plan.recomputed
+    ]
+    other = stack(num_blocks=1, width=64)
+    with pytest.raises(ValueError, match=r"recomputes blocks\.1, which is no block of this model"):
+        velora_fx.optimize(
+            other, plan=velora_fx.Plan.from_json(plan.to_json().replace("blocks.0", "blocks.1")), example_inputs=x
+        )
+
+
+class Counting(Block):
+    """Counts its calls in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(64)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: Any = None) -> Tensor:
+        self.calls.add_(1)
+        return super().forward(x, mask, cache)
+
+
+def test_a_block_that_changes_its_buffers_is_never_run_twice() -> None:
+    model = stack(width=64)
+    model.blocks[1] = Counting()
+    with pytest.raises(velora_fx.BudgetError) as raised:
+        velora_fx.plan(model, 1e-9, (rows(64, 64, 64),), exact_only=True, optimizer="sgd")
+    assert [block.region for block in raised.value.plan.recomputed] == ["blocks.0", "blocks.2"]
+
+
+def test_a_model_without_blocks_that_fits_no_budget_exactly_says_so() -> None:
+    class Drawing(Stack):
+        def forward(self, x: Tensor, mask: Tensor | None = None, cache: Any = None) -> Tensor:
+            return self.head(x).square().mean()
+
+    model = Drawing()
+    model.blocks = nn.ModuleList()
+    with pytest.raises(velora_fx.BudgetError, match="no plan fits"):
+        velora_fx.plan(model, 1e-9, (rows(),), exact_only=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_both_compression_and_recompute_fit_the_budget(share: float) -> None:
+    torch.manual_seed(0)
+    model = llama().train()
+    batch = batch_of(model)
+    smallest, untouched = ends(model, batch)
+    budget = smallest + share * (untouched - smallest) + 1
+    velora_fx.optimize(model, budget / 2**30, batch, recompute=True)
+    plan = velora_fx.plan_of(model)
+    measured = measured_peak(model, batch)
+    assert plan.recomputed
+    assert abs(plan.planned.peak_bytes - measured) <= 0.02 * measured
+    assert measured <= budget * 1.002
+    recomputed = {block.region for block in plan.recomputed}
+    assert not recomputed & {decision.region for decision in plan.compressed}
+
+
+@pytest.mark.slow
+def test_a_plan_that_compresses_says_what_exact_recompute_would_do() -> None:
+    model = llama().train()
+    batch = batch_of(model)
+    with pytest.raises(velora_fx.BudgetError) as raised:
+        velora_fx.plan(model, 1e-9, batch)
+    tight = raised.value.plan
+    budget = (tight.planned.peak_bytes + tight.baseline.peak_bytes) / 2
+    plan = velora_fx.plan(model, budget / 2**30, batch)
+    exact = velora_fx.plan(model, budget / 2**30, batch, exact_only=True)
+    assert plan.compressed and plan.exact is not None
+    assert plan.exact.fits and plan.exact.peak_bytes == exact.planned.peak_bytes
+    assert plan.exact.step_seconds == pytest.approx(exact.planned.step_seconds)
+    ratio = exact.planned.step_seconds / exact.baseline.step_seconds
+    assert f"also reachable exactly, step time x{ratio:.2f}" in str(plan)
+    assert "recomputed in backward, exactly" in str(exact)
+    assert "not reachable by recompute alone" in str(tight)

@@ -1,0 +1,103 @@
+"""tools/finetune.py at a tiny size: both runs learn, and the memory is the predicted one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "finetune.py"
+TINY = ("--layers", "2", "--heads", "1", "--seq-len", "64", "--batch-size", "8")
+
+
+@pytest.fixture(scope="module")
+def tool() -> Any:
+    """The tool as a module, for what needs no process of its own."""
+    spec = importlib.util.spec_from_file_location("finetune", TOOL)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    """A run of 20 steps: what it printed, and what it wrote."""
+    file = tmp_path_factory.mktemp("finetune") / "run.json"
+    command = [sys.executable, str(TOOL), *TINY, "--steps", "20", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done, json.loads(file.read_text())
+
+
+def test_both_runs_learn_from_the_same_start(ran: tuple[Any, dict[str, Any]]) -> None:
+    runs = ran[1]["dense"], ran[1]["velora"]
+    assert runs[0]["losses"][0] == runs[1]["losses"][0]
+    assert runs[0]["losses"][1:] != runs[1]["losses"][1:]
+    assert runs[0]["held_out"][0] == runs[1]["held_out"][0]
+    for run in runs:
+        assert len(run["losses"]) == 20
+        assert all(map(math.isfinite, [*run["losses"], *run["held_out"]]))
+        assert run["losses"][0] == pytest.approx(math.log(256), abs=0.2)
+        assert run["losses"][-1] < run["losses"][0] - 0.5
+        assert run["held_out"][1] < run["held_out"][0] - 0.5
+
+
+def test_memory_is_as_predicted_and_within_the_budget(ran: tuple[Any, dict[str, Any]]) -> None:
+    plan = ran[1]["plan"]
+    (dense,), (velora,) = ran[1]["dense"]["peaks"], ran[1]["velora"]["peaks"]
+    assert dense == pytest.approx(plan["baseline"]["peak_bytes"], rel=0.01)
+    assert velora == pytest.approx(plan["planned"]["peak_bytes"], rel=0.01)
+    assert velora <= plan["budget_bytes"] < dense
+    assert velora < 0.95 * dense
+    assert {"compress", "keep"} == {decision["action"] for decision in plan["decisions"]}
+
+
+def test_output_is_the_plan_and_both_runs_side_by_side(ran: tuple[Any, dict[str, Any]]) -> None:
+    done, found = ran
+    assert done.stderr == ""
+    rows = {line[:30].strip(): line[30:].split() for line in done.stdout.splitlines()}
+    assert rows["learning rate"] == ["0.001", "0.002"]
+    assert rows["held-out loss after"] == [f"{found[run]['held_out'][1]:.4f}" for run in ("dense", "velora")]
+    assert rows["peak measured, MiB"] == [f"{found[run]['peaks'][0] / 2**20:.1f}" for run in ("dense", "velora")]
+    assert "fits" in done.stdout and "compress M=" in done.stdout
+    assert "the forward is exact: True" in done.stdout
+
+
+def test_an_impossible_budget_ends_with_one_line_that_says_what_is_possible(
+    tool: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tool.main([*TINY, "--budget-gb", "0.001"]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.startswith("finetune.py: no plan fits 1.02 MiB: the smallest peak that can be reached is")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--steps", "1"), "--steps must be at least 2, got 1"),
+        (("--heads", "0"), "--heads must be at least 1, got 0"),
+        (("--device", "cuda"), "--device cuda needs a GPU"),
+    ],
+)
+def test_bad_arguments_are_named(
+    tool: Any,
+    arguments: tuple[str, ...],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        tool.main(list(arguments))
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
