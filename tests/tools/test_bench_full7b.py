@@ -1,4 +1,4 @@
-"""`tools/bench.py full7b`: a budget is met or not as its rows say, and the velora row fails where it does not hold."""
+"""`tools/bench full7b`: a budget is met or not as its rows say, and the velora row fails where it does not hold."""
 
 from __future__ import annotations
 
@@ -6,200 +6,120 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from torch import nn
 
+from tools.bench.arguments import parse
+from tools.bench.full7b import FULL_WAYS, FullRow, complaints_about, full_rows, full_table
+from tools.bench.full7b_train import measure_full, real_texts, share_for_tensors
+from tools.bench.main import main
+from tools.bench.timing import timing_of
 from velora_fx.devices import FIXED_BYTES
 from velora_fx.peaks import CONTEXT
 
 GIB = 2**30
-VELORA, TINY = "velora-factored-compiled", ["full7b", "--device", "cpu", "--models", "llama-tiny"]
+VELORA = "velora-factored-compiled"
 
 
-@pytest.fixture
-def here(tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are measured in this process, which has imported everything, and without the check of the operators."""
-    monkeypatch.setattr(tools.bench, "complaints_of", lambda args: [])
-    monkeypatch.setattr(tools.bench, "measure_full_apart", tools.bench_full7b_train.measure_full)
+def full_row(name: str = VELORA, **fields: Any) -> FullRow:
+    """A row of the tiny model without figures, in eager mode: compiled one takes a minute."""
+    way = replace(FULL_WAYS[name], compiled=False)
+    return replace(FullRow("llama-tiny", name, way, "cpu", 1, 64, 0.0015, 6), **fields)
 
 
-def full_row(tools: Any, name: str = VELORA, **fields: Any) -> Any:
-    """A row of the tiny model without figures."""
-    way = tools.bench_full7b.FULL_WAYS[name]
-    return replace(tools.bench_full7b.FullRow("llama-tiny", name, way, "cpu", 1, 32, 0.0015, 6), **fields)
+def test_velora_meets_a_budget_that_adamw_does_not() -> None:
+    velora, adamw = measure_full(full_row(steps=8)), measure_full(full_row("adamw", steps=8))
+    assert (velora.outcome, adamw.outcome) == ("fits", "over the budget")
+    assert (velora.error, adamw.error) == (None, None)
+    assert velora.peak_bytes <= velora.budget_gb * GIB < adamw.peak_bytes
+    assert velora.predicted_bytes == pytest.approx(velora.peak_bytes, rel=0.02)
+    assert velora.last_loss < velora.first_loss and adamw.predicted_bytes is None
+    assert velora.step is not None and velora.step.repeats == 5 and velora.tokens_per_second > 0
 
 
-def measured_row(tools: Any, **fields: Any) -> Any:
-    """A velora row with good figures, but for the given ones."""
-    figures = {
-        "outcome": "fits", "step": tools.bench_timing.timing_of([1.0] * 3), "peak_bytes": 1000,
-        "predicted_bytes": 1000, "first_loss": 3.0, "last_loss": 2.0,
-    }  # fmt: skip
-    return full_row(tools, **{**figures, **fields})
-
-
-def rows_in(folder: Path) -> dict[str, dict[str, Any]]:
-    """The rows for machines by name."""
-    rows = [json.loads(line) for line in (folder / "full7b.jsonl").read_text().splitlines()]
-    return {row["name"]: row for row in rows}
-
-
-def test_velora_meets_a_budget_that_adamw_does_not(
-    tools: Any, here: None, monkeypatch: Any, tmp_path: Path, capsys: Any
-) -> None:
-    """Eagerly: compiled it takes a minute."""
-    ways = tools.bench_full7b.FULL_WAYS
-    monkeypatch.setattr(tools.bench_full7b, "FULL_WAYS", {**ways, VELORA: replace(ways[VELORA], compiled=False)})
-    asked = ["--rows", f"{VELORA},adamw", "--steps", "8", "--results", str(tmp_path)]
-    assert tools.bench.main([*TINY, *asked]) == 0
-    velora, adamw = (rows_in(tmp_path)[name] for name in (VELORA, "adamw"))
-    assert (velora["outcome"], adamw["outcome"]) == ("fits", "over the budget")
-    assert velora["peak_bytes"] <= velora["budget_gb"] * GIB < adamw["peak_bytes"]
-    assert velora["predicted_bytes"] == pytest.approx(velora["peak_bytes"], rel=0.02)
-    assert velora["last_loss"] < velora["first_loss"] and adamw["predicted_bytes"] is None
-    assert velora["step"]["repeats"] == 5 and velora["header"]["torch"] and velora["tokens_per_second"] > 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("command")
-    assert [line.split("|")[3].strip() for line in lines[-2:]] == [VELORA, "adamw"]
-
-
-def test_steps_in_backward_are_those_of_one_optimizer_in_less_memory(tools: Any) -> None:
-    rows = [
-        tools.bench_full7b_train.measure_full(full_row(tools, name))
-        for name in ("adamw", "adamw-in-backward-checkpointing", "sgd-in-backward-checkpointing")
-    ]
-    assert [row.error for row in rows] == [None] * 3
-    adamw, in_backward, sgd = rows
+def test_steps_in_backward_are_those_of_one_optimizer_in_less_memory() -> None:
+    names = ("adamw", "adamw-in-backward-checkpointing", "sgd-in-backward-checkpointing")
+    adamw, in_backward, sgd = (measure_full(full_row(name, length=32)) for name in names)
+    assert (adamw.error, in_backward.error, sgd.error) == (None, None, None)
     assert in_backward.last_loss == pytest.approx(adamw.last_loss, rel=1e-4)
     assert sgd.peak_bytes < in_backward.peak_bytes < adamw.peak_bytes
 
 
-def test_a_budget_that_no_plan_meets_fails(
-    tools: Any, here: None, monkeypatch: Any, tmp_path: Path, capsys: Any
-) -> None:
-    ways = tools.bench_full7b.FULL_WAYS
-    monkeypatch.setattr(tools.bench_full7b, "FULL_WAYS", {VELORA: replace(ways[VELORA], compiled=False)})
-    asked = ["--rows", VELORA, "--budget-gb", "0.0001", "--steps", "6", "--results", str(tmp_path)]
-    assert tools.bench.main([*TINY, *asked]) == 1
-    assert rows_in(tmp_path)[VELORA]["error"].startswith("BudgetError: no plan fits")
-    assert "BudgetError: no plan fits" in capsys.readouterr().err
+def test_a_budget_that_no_plan_meets_fails() -> None:
+    row = measure_full(full_row(budget_gb=0.0001))
+    assert row.error is not None and row.error.startswith("BudgetError: no plan fits")
 
 
-@pytest.mark.parametrize(("name", "code"), [(VELORA, 1), ("adamw", 0)])
-def test_running_out_of_memory_is_a_failure_of_velora_alone(
-    tools: Any, here: None, name: str, code: int, monkeypatch: Any, tmp_path: Path, capsys: Any
-) -> None:
-    def run_out(row: Any) -> Any:
+class Huge(str):
+    """The name of a model for which memory runs out, in an error that the compiler wraps."""
+
+    def __hash__(self) -> int:
         try:
             raise torch.OutOfMemoryError("CUDA out of memory")
         except torch.OutOfMemoryError as error:
             raise RuntimeError("the compiler's") from error
 
-    monkeypatch.setattr(tools.bench_full7b_train, "make_full_model", run_out)
-    assert tools.bench.main([*TINY, "--rows", name, "--results", str(tmp_path)]) == code
-    assert rows_in(tmp_path)[name]["outcome"] == "out of memory: making the model"
-    assert "| out of memory: making the model" in capsys.readouterr().out.splitlines()[-1]
+
+@pytest.mark.parametrize(("name", "is_failure"), [(VELORA, True), ("adamw", False)])
+def test_running_out_of_memory_is_a_failure_of_velora_alone(name: str, is_failure: bool) -> None:
+    row = measure_full(full_row(name, model=Huge("llama-7b")))
+    assert row.outcome == "out of memory: making the model"
+    assert (row.error is not None) is is_failure
+    assert "| out of memory: making the model" in full_table([row])
 
 
-def test_a_rival_that_breaks_is_a_failure(tools: Any, here: None, monkeypatch: Any, tmp_path: Path) -> None:
-    monkeypatch.setattr(tools.bench_full7b_train, "make_full_model", lambda row: 1 / 0)
-    assert tools.bench.main([*TINY, "--rows", "adamw", "--results", str(tmp_path)]) == 1
-    assert rows_in(tmp_path)["adamw"]["error"].startswith("ZeroDivisionError")
+def test_a_rival_that_breaks_is_a_failure() -> None:
+    assert measure_full(full_row("adamw", model="no-such-model")).error == "KeyError: 'no-such-model'"
 
 
 @pytest.mark.parametrize(
-    ("fields", "complaint"),
+    ("fields", "complaints"),
     [
-        ({}, ""),
-        ({"peak_bytes": 1049}, ""),
-        ({"peak_bytes": 1051}, "the measured peak is +5.1% off the predicted one, allowed 5%"),
-        ({"peak_bytes": 949}, "the measured peak is -5.1% off the predicted one, allowed 5%"),
-        ({"outcome": "over the budget"}, "over the budget"),
-        ({"last_loss": 3.0}, "the loss did not fall: 3.0000 at first, 3.0000 at last"),
-        ({"last_loss": float("nan")}, "the loss did not fall: 3.0000 at first, nan at last"),
+        ({}, []),
+        ({"peak_bytes": 1049}, []),
+        ({"peak_bytes": 1051}, ["the measured peak is +5.1% off the predicted one, allowed 5%"]),
+        ({"peak_bytes": 949}, ["the measured peak is -5.1% off the predicted one, allowed 5%"]),
+        ({"outcome": "over the budget"}, ["over the budget"]),
+        ({"last_loss": 3.0}, ["the loss did not fall: 3.0000 at first, 3.0000 at last"]),
+        ({"last_loss": float("nan")}, ["the loss did not fall: 3.0000 at first, nan at last"]),
     ],
     ids=str,
 )
-def test_velora_has_to_hold_what_it_claims(
-    tools: Any, here: None, fields: dict[str, Any], complaint: str, monkeypatch: Any, tmp_path: Path, capsys: Any
-) -> None:
-    monkeypatch.setattr(tools.bench_full7b_train, "_train", lambda row: measured_row(tools, **fields))
-    code = tools.bench.main([*TINY, "--rows", VELORA, "--results", str(tmp_path)])
-    assert code == (1 if complaint else 0)
-    assert (rows_in(tmp_path)[VELORA]["error"] or "") == complaint
-    printed = capsys.readouterr()
-    assert complaint in printed.err and ("failed" in printed.out.splitlines()[-1]) is bool(complaint)
-
-
-def test_on_a_gpu_the_allocator_ends_where_budget_and_context_do(tools: Any, monkeypatch: Any) -> None:
-    shares: list[float] = []
-    cuda = SimpleNamespace(
-        current_device=lambda: 0,
-        get_device_properties=lambda device: SimpleNamespace(total_memory=80 * GIB),
-        set_per_process_memory_fraction=shares.append,
+def test_velora_has_to_hold_what_it_claims(fields: dict[str, Any], complaints: list[str]) -> None:
+    good = full_row(
+        outcome="fits", step=timing_of([1.0] * 3), peak_bytes=1000, predicted_bytes=1000, first_loss=3.0, last_loss=2.0
     )
-    monkeypatch.setattr(tools.bench_full7b_train.torch, "cuda", cuda)
-    for budget_gb in (24, 100, 0.1):
-        tools.bench_full7b_train.limit_memory(budget_gb)
+    assert list(complaints_about(replace(good, **fields))) == complaints
+
+
+def test_on_a_gpu_the_allocator_ends_where_budget_and_context_do() -> None:
+    shares = [share_for_tensors(budget_gb, 80 * GIB) for budget_gb in (24, 100, 0.1)]
     assert shares == [pytest.approx((24 - FIXED_BYTES[CONTEXT] / GIB) / 80), 1.0, 0.0]
 
 
-def test_a_model_for_a_gpu_is_made_in_bfloat16(tools: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(tools.bench_full7b.FullRow, "dtype", torch.bfloat16)
-    model = tools.bench_full7b_train.make_full_model(full_row(tools))
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert torch.get_default_dtype() == torch.float32 and not model.config.use_cache and model.training
+@pytest.mark.parametrize("vocab_size", [32000, 100])
+def test_texts_are_real_and_within_the_vocabulary(vocab_size: int) -> None:
+    model = cast(nn.Module, SimpleNamespace(config=SimpleNamespace(vocab_size=vocab_size)))
+    texts = real_texts(full_row(), model)
+    assert len(texts) == 6 and all(text.shape == (1, 64) and int(text.max()) < vocab_size for text in texts)
+    words = bytes(torch.cat(texts).flatten().tolist())
+    assert any(word in words for word in (b"self", b"def ", b"    ")) or vocab_size == 100
 
 
-def test_texts_are_real_and_within_the_vocabulary(tools: Any) -> None:
-    model = SimpleNamespace(config=SimpleNamespace(vocab_size=32000))
-    texts = tools.bench_full7b_train.real_texts(full_row(tools), model)
-    assert len(texts) == 6 and all(text.shape == (1, 32) for text in texts)
-    assert any(word in bytes(torch.cat(texts).flatten().tolist()) for word in (b"self", b"def ", b"    "))
-    model.config.vocab_size = 100
-    assert max(int(text.max()) for text in tools.bench_full7b_train.real_texts(full_row(tools), model)) < 100
-
-
-def test_a_wrong_fold_is_complained_about(tools: Any, monkeypatch: Any) -> None:
-    numerics = tools.bench_numerics
-    assert numerics.fold_complaints("cpu") == []
-    monkeypatch.setattr(numerics, "fold", lambda weights, carriers, vs, keep: carriers[0].zero_())
-    assert len(numerics.fold_complaints("cpu")) == 4
-
-
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        (["--steps", "5"], "--steps must be at least 6, got 5"),
-        (["--budget-gb", "0"], "--budget-gb must be a positive number of GiB, got 0"),
-        (["--budget-gb", "nan"], "--budget-gb must be a positive number of GiB, got nan"),
-        (["--device", "cpu", "--models", "llama-7b"], "--models must be some of llama-cpu,llama-tiny, got 'llama-7b'"),
-        (["--rows", "eager"], "--rows must be some of velora-factored-compiled,adamw,"),
-        (["--quick"], "unrecognized arguments: --quick"),
-        (["--sub-token-size", "8"], "unrecognized arguments: --sub-token-size 8"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_bad_input_is_refused_with_code_2(tools: Any, arguments: list[str], complaint: str, capsys: Any) -> None:
-    with pytest.raises(SystemExit) as left:
-        tools.bench.main(["full7b", *arguments])
-    assert left.value.code == 2
-    assert complaint in capsys.readouterr().err
-
-
-def test_the_default_is_all_rows_of_the_first_model(tools: Any) -> None:
-    args = tools.bench.parse(["full7b", "--device", "cpu", "--batch-size", "2", "--budget-gb", "0.3"])
-    rows = tools.bench_full7b.full_rows(args)
-    assert [row.name for row in rows] == list(tools.bench_full7b.FULL_WAYS)
+def test_the_default_is_all_rows_of_the_first_model() -> None:
+    rows = full_rows(parse(["full7b", "--device", "cpu", "--batch-size", "2", "--budget-gb", "0.3"]))
+    assert [row.name for row in rows] == list(FULL_WAYS)
     assert {(row.model, row.batch_size, row.length, row.budget_gb) for row in rows} == {("llama-cpu", 2, 256, 0.3)}
 
 
 @pytest.mark.slow
-def test_the_whole_command_runs_in_processes_of_its_own(tools: Any, tmp_path: Path) -> None:
+def test_the_whole_command_runs_in_processes_of_its_own(tmp_path: Path) -> None:
     """Minutes: a compiled step of the tiny model misses its prediction by 12 KB, which is too much of its budget."""
-    assert tools.bench.main(["full7b", "--device", "cpu", "--results", str(tmp_path)]) == 0
-    outcomes = {name: row["outcome"] for name, row in rows_in(tmp_path).items()}
+    assert main(["full7b", "--device", "cpu", "--results", str(tmp_path)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "full7b.jsonl").read_text().splitlines()]
+    outcomes = {row["name"]: row["outcome"] for row in rows}
     assert outcomes.pop(VELORA) == outcomes.pop("sgd-in-backward-checkpointing") == "fits"
     assert len(outcomes) == 3 and set(outcomes.values()) == {"over the budget"}

@@ -1,11 +1,11 @@
-"""The rows of `bench.py ops` as tables."""
+"""The rows of `tools/bench ops` as tables."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench_ops import OpRow
-from bench_results import LONGEST_CELL, markdown, milliseconds
+from tools.bench.ops import OpRow
+from tools.bench.results import LONGEST_CELL, markdown, milliseconds
 
 TARGET = 1.3  # of the time of dW over its bound
 

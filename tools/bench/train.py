@@ -6,27 +6,24 @@ import contextlib
 import importlib
 import logging
 import math
-import multiprocessing
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from accuracy_models import batch_of
-from bench_figures import compressed_weights, free, gradient_errors, held_bytes, peak_of
-from bench_models import compressible, make_model, sub_token_sizes, tokens_of
-from bench_results import reason_of
-from bench_timing import Timing, timed_steps
 from torch import Tensor, nn
 
 import velora_fx
+from tools.accuracy.measure import apart
+from tools.accuracy.models import batch_of
+from tools.bench.figures import compressed_weights, free, gradient_errors, held_bytes, peak_of
+from tools.bench.models import compressible, make_model, sub_token_sizes, tokens_of
+from tools.bench.results import reason_of
+from tools.bench.timing import Timing, timed_steps
 from velora_fx.peaks import WORKSPACES
 
-Row = TypeVar("Row", bound=Any)  # a dataclass with an `error`
 WARM_UP_STEPS = 3  # besides the first; on CUDA optimize measures a peak of its own until the second has ended
 MAX_GRAD_NORM = 1.0
 # Of exact gradients: in bfloat16 two exact ways to compute one differ by 0.03 already in small Llamas and ViTs.
@@ -52,7 +49,7 @@ class Way:
 class TrainRow:
     """One way to train one model, with its figures or the reason why there are none.
 
-    Bytes compare as in tools/accuracy.py. `saved_bytes` is what is held from forward to backward. `compressed_error` is
+    Bytes compare as in tools/accuracy. `saved_bytes` is what is held from forward to backward. `compressed_error` is
     the relative error of all compressed weights' gradients together, `exact_error` the largest of all others, both
     against the untouched eager model from the same start; `seconds` is what the row took in all.
     """
@@ -95,15 +92,6 @@ class TrainRow:
 def measure_apart(row: TrainRow) -> TrainRow:
     """`measure` in a process of its own."""
     return apart(measure, row)
-
-
-def apart(measured: Callable[[Row], Row], row: Row) -> Row:
-    """Measures a row in a process of its own, so that no cache, fragment or crash of one reaches another."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(measured, row).result()
-        except BrokenProcessPool:
-            return replace(row, error="its process died")
 
 
 def measure(row: TrainRow) -> TrainRow:

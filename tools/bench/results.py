@@ -1,4 +1,4 @@
-"""What tools/bench.py ran on, and its rows for machines."""
+"""What tools/bench ran on, and its rows for machines."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_timing import Timing
 from tabulate import tabulate
+
+from tools.bench.timing import Timing
 
 PACKAGES = ("torch", "triton", "transformers", "peft")
 LONGEST_CELL = 60

@@ -1,4 +1,4 @@
-"""`bench.py ops`: the operators against a copy of the same bytes, plain ATen, dense products and PEFT's VeLoRA."""
+"""`tools/bench ops`: the operators against a copy of the same bytes, plain ATen, dense products and PEFT's VeLoRA."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from functools import partial
 from typing import TypeAlias
 
 import torch
-from bench_results import reason_of
-from bench_timing import Timing, copies_to_rotate, time_copy, timed_in_turn
 from torch import Tensor
 
+from tools.bench.results import reason_of
+from tools.bench.timing import Timing, copies_to_rotate, time_copy, timed_in_turn
 from velora_fx.ops import fold, sign_projection
 from velora_fx.ops import velora as ops
 

@@ -1,11 +1,11 @@
-"""`bench.py step`: the ways to train a model in full; and the table of training rows."""
+"""The ways to train a model in full and by adapters; and the table of training rows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from bench_results import LONGEST_CELL, markdown
-from bench_train import TrainRow, Way
+from tools.bench.results import LONGEST_CELL, markdown
+from tools.bench.train import TrainRow, Way
 
 GIB = 2**30
 EXACT = {"ban_recompute_materialized_backward": False}
@@ -31,6 +31,18 @@ STEP_CASES: Mapping[str, Mapping[str, tuple[int, int | None]]] = {
         "llama-130m": (32, 1024), "llama-350m": (16, 1024), "llama-1b": (8, 2048), "vit-b-16": (128, None),
     },
 }  # fmt: skip
+LORA_WAYS: Mapping[str, Way] = {
+    "lora": Way(adapter="lora"),
+    "lora+checkpointing": Way(adapter="lora", checkpointed=True, is_planned=False),
+    "lora-compiled": Way(adapter="lora", compiled=True),
+    "peft-velora": Way(adapter="peft-velora", is_planned=False),
+    "velora-eager": Way(adapter="lora", compresses="all"),
+    "velora-compiled": Way(adapter="lora", compiled=True, compresses="all"),
+}
+LORA_CASES: Mapping[str, Mapping[str, tuple[int, int | None]]] = {
+    "cpu": {"llama-cpu": (2, 512)},
+    "cuda": {"llama-130m": (32, 1024), "llama-350m": (16, 1024), "llama-1b": (8, 2048)},
+}
 HEADERS = (
     "model", "batch", "row", "step, ms", "tokens/s", "over compile", "peak, GiB", "predicted, GiB", "saved, GiB",
     "compressed", "dW error", "error of exact gradients",

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from accuracy_models import batch_of
-from bench_models import make_model
-from bench_ops import KEPT, OpCase, projection_of, torch_dtype
-from bench_train import TrainRow, Way, prepare
 from torch import Tensor, nn
 
+from tools.accuracy.models import batch_of
+from tools.bench.models import make_model
+from tools.bench.ops import KEPT, OpCase, projection_of, torch_dtype
+from tools.bench.train import TrainRow, Way, prepare
 from velora_fx.ops import fold
 from velora_fx.ops import velora as ops
 from velora_fx.runtime import Region
@@ -28,10 +28,14 @@ def operator_complaints(cases: Sequence[OpCase], device: str) -> list[str]:
         eps = torch.finfo(torch_dtype(case.dtype)).eps
         for operator, ours, truth in _operators(case, device):
             bound = max(FLOAT_BOUND, 2 * eps if operator in ("fold", "dW") else eps)  # those are rounded twice
-            error = relative_error(ours, truth)
-            if not error <= bound:  # so that NaN is one too
-                found.append(f"{operator} {case}: relative error {error:.2g}, allowed {bound:.2g}")
+            found += error_complaints(f"{operator} {case}", ours, truth, bound)
     return found
+
+
+def error_complaints(what: str, ours: Tensor, truth: Tensor, bound: float) -> list[str]:
+    """A complaint where the relative error is above the bound or is no number."""
+    error = relative_error(ours, truth)
+    return [] if error <= bound else [f"{what}: relative error {error:.2g}, allowed {bound:.2g}"]
 
 
 def relative_error(ours: Tensor, truth: Tensor) -> float:
@@ -76,15 +80,15 @@ def fold_complaints(device: str) -> list[str]:
             weight = weight.t().contiguous().t() if is_transposed else weight
             truth = weight.double() * 0.75 + (carrier.double().unsqueeze(-1) * v.double().sign()).flatten(1)
             fold([weight], [carrier], [v], keep)
-            error, bound = relative_error(weight, truth), max(FLOAT_BOUND, 2 * torch.finfo(dtype).eps)
-            if not error <= bound or carrier.any():
-                layout = "transposed" if is_transposed else "as is"
-                found.append(f"fold, {dtype}, {layout}: relative error {error:.2g}, allowed {bound:.2g}")
+            what = f"fold, {dtype}, {'transposed' if is_transposed else 'as is'}"
+            found += error_complaints(what, weight, truth, max(FLOAT_BOUND, 2 * torch.finfo(dtype).eps))
+            if carrier.any():
+                found.append(f"{what}: the carrier is not zero afterwards")
     return found
 
 
 def tiny_models(device: str, adapter: str) -> tuple[nn.Module, nn.Module, dict[str, Tensor]]:
-    """An untouched tiny Llama, an equal one that is compressed, and a batch."""
+    """An untouched tiny Llama, an equal one that is compressed as the rows that are timed are, and a batch."""
     row = TrainRow("llama-tiny", "numerics", Way(adapter=adapter, compresses="all"), device, 4, 64, 16, 1)
     dense, model = (make_model(row.model, adapter, device, row.dtype, row.sub_token_size) for _ in range(2))
     batch = batch_of(dense, row.batch_size, row.length)
@@ -94,13 +98,11 @@ def tiny_models(device: str, adapter: str) -> tuple[nn.Module, nn.Module, dict[s
     return dense, model, batch
 
 
-def training_complaints(device: str, adapter: str) -> list[str]:
-    """What is wrong with a compressed step of a tiny Llama, held against the untouched model with x̂ rebuilt in float64.
+def training_complaints(dense: nn.Module, model: nn.Module, batch: dict[str, Tensor]) -> list[str]:
+    """What is wrong with a step of `tiny_models`, held against the untouched one with x̂ rebuilt in float64.
 
-    The loss and every gradient of what is not compressed must be those of the untouched model. The model has the
-    adapters and is prepared as the rows that are timed.
+    The loss and every gradient of what is not compressed must be those of the untouched model.
     """
-    dense, model, batch = tiny_models(device, adapter)
     projections = projections_of(model)
     linears = {f"{name}.weight": module for name, module in dense.named_modules() if isinstance(module, nn.Linear)}
     seen: dict[str, list[Tensor]] = {}
@@ -147,10 +149,8 @@ def _training_complaints(
         if name in projections:
             x, dy = seen[name]
             truth = _with_rebuilt_input(x, dy, projections[name].to(x.device))
-        error = relative_error(grad, truth)
-        if not error <= bound:
-            kind = "compressed" if name in projections else "exact"
-            yield f"{kind} gradient of {name} of a tiny Llama: relative error {error:.2g}, allowed {bound:.2g}"
+        kind = "compressed" if name in projections else "exact"
+        yield from error_complaints(f"{kind} gradient of {name} of a tiny Llama", grad, truth, bound)
 
 
 def _with_rebuilt_input(x: Tensor, dy: Tensor, v: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The models that tools/accuracy.py measures: on CPU small ones whose activations dominate, on GPUs real shapes."""
+"""The models that tools/accuracy measures: on CPU small ones whose activations dominate, on GPUs real shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The models that tools/bench.py trains, and what of them is compressed."""
+"""The models that tools/bench trains, and what of them is compressed."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accuracy_models import hugging_face
 from torch import Tensor, nn
 
+from tools.accuracy.models import hugging_face
 from velora_fx.cli.presets import PRESETS
 
 SIZES: dict[str, Any] = {

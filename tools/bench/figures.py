@@ -8,11 +8,11 @@ import os
 from collections.abc import Callable, Mapping
 
 import torch
-from accuracy import peak_on_cpu
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import velora_fx
+from tools.accuracy.measure import peak_on_cpu
 
 
 def compressed_weights(model: nn.Module, plan: velora_fx.Plan | None) -> set[str]:

@@ -1,4 +1,4 @@
-"""`bench.py full7b`: all weights of Llama 7B trained inside a budget, by velora_fx and by what plain PyTorch can do."""
+"""`tools/bench full7b`: all weights of Llama 7B trained inside a budget, by velora_fx and by plain PyTorch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from bench_results import LONGEST_CELL, markdown
-from bench_timing import Timing
+
+from tools.bench.results import LONGEST_CELL, markdown
+from tools.bench.timing import Timing
 
 GIB = 2**30
 FITS, TOO_LARGE, OUT_OF_MEMORY = "fits", "over the budget", "out of memory"

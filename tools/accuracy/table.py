@@ -1,4 +1,4 @@
-"""The measurements of tools/accuracy.py, as a table and for machines."""
+"""The measurements of tools/accuracy, as a table and for machines."""
 
 from __future__ import annotations
 

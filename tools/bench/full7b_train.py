@@ -12,16 +12,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accuracy_models import hugging_face
-from bench_figures import free, peak_of
-from bench_full7b import ENDS, FITS, GIB, OUT_OF_MEMORY, TOO_LARGE, FullRow, complaints_about
-from bench_models import MODELS
-from bench_results import reason_of
-from bench_timing import timing_of
-from bench_train import apart
 from torch import Tensor, nn
 
 import velora_fx
+from tools.accuracy.measure import apart
+from tools.accuracy.models import hugging_face
+from tools.bench.figures import free, peak_of
+from tools.bench.full7b import ENDS, FITS, GIB, OUT_OF_MEMORY, TOO_LARGE, FullRow, complaints_about
+from tools.bench.models import MODELS
+from tools.bench.results import reason_of
+from tools.bench.timing import timing_of
 from velora_fx.devices import FIXED_BYTES
 from velora_fx.peaks import CONTEXT, WORKSPACES
 
@@ -60,8 +60,12 @@ def measure_full(row: FullRow) -> FullRow:
 def limit_memory(budget_gb: float) -> None:
     """Has PyTorch's allocator end at the budget less the CUDA context, which takes memory of the GPU besides it."""
     total_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    allowed_bytes = budget_gb * GIB - FIXED_BYTES[CONTEXT]
-    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, allowed_bytes / total_bytes)))
+    torch.cuda.set_per_process_memory_fraction(share_for_tensors(budget_gb, total_bytes))
+
+
+def share_for_tensors(budget_gb: float, total_bytes: int) -> float:
+    """The part of a GPU's memory, from 0 to 1, that tensors may take of a budget."""
+    return min(1.0, max(0.0, (budget_gb * GIB - FIXED_BYTES[CONTEXT]) / total_bytes))
 
 
 def _train(row: FullRow) -> FullRow:
@@ -125,7 +129,7 @@ def make_full_model(row: FullRow) -> nn.Module:
 
 def real_texts(row: FullRow, model: nn.Module) -> list[Tensor]:
     """A batch of Python's standard library for each step, its bytes as tokens, none above the vocabulary."""
-    from finetune import load_batches  # which imports transformers, and the other benchmarks work without it
+    from tools.finetune import load_batches  # which imports transformers, and the other benchmarks work without it
 
     sizes = argparse.Namespace(steps=row.steps, batch_size=row.batch_size, seq_len=row.length, seed=0)
     config: Any = model.config

@@ -1,0 +1,1 @@
+"""Compares predicted peaks with those of real training steps."""

@@ -1,0 +1,1 @@
+"""Measures velora_fx against its rivals."""

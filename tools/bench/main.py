@@ -1,0 +1,124 @@
+"""Measures what the arguments ask for, writes it down and prints it."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from tools.bench.arguments import TRAINED, parse
+from tools.bench.full7b import FullRow, full_rows, full_table
+from tools.bench.full7b_train import measure_full_apart
+from tools.bench.numerics import fold_complaints, operator_complaints, tiny_models, training_complaints
+from tools.bench.ops import REPEATS, OpRow, measure_op, op_cases
+from tools.bench.ops_table import op_tables
+from tools.bench.results import Header, append_rows, header_of
+from tools.bench.timing import copy_bandwidth
+from tools.bench.train import TrainRow, measure_apart, rows_for
+from tools.bench.ways import train_table
+
+DONE, FAILED = 0, 1
+STEP_REPEATS = {("cpu", True): 3, ("cpu", False): 10, ("cuda", True): 3, ("cuda", False): 10}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures as the arguments say, appends the rows to a file and prints a table; returns the exit code."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    args = parse(given)
+    header = header_of(" ".join(["tools/bench", *given]), args.device)
+    print(header, end="\n\n", flush=True)
+    complaints = complaints_of(args)
+    if complaints:
+        print(
+            "tools/bench: nothing is timed, the operators are wrong on this device:",
+            *complaints,
+            sep="\n  ",
+            file=sys.stderr,
+        )
+        return FAILED
+    runs = {"ops": run_ops, "full7b": run_full}
+    return runs.get(args.benchmark, run_training)(args, header)
+
+
+def complaints_of(args: argparse.Namespace) -> list[str]:
+    """What is wrong with what is about to be timed; nothing if all is well."""
+    try:
+        if args.benchmark == "ops":
+            return operator_complaints(op_cases(args.device, args.quick), args.device)
+        if args.benchmark == "full7b":
+            return [*fold_complaints(args.device), *training_complaints(*tiny_models(args.device, ""))]
+        return training_complaints(*tiny_models(args.device, "lora" if args.benchmark == "lora" else ""))
+    except Exception as error:  # an operator that cannot run is as wrong as one with wrong results
+        return [f"{type(error).__name__}: {error}"]
+    finally:
+        gc.collect()
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def run_ops(args: argparse.Namespace, header: Header) -> int:
+    """Times the operators."""
+    repeats = args.repeats or REPEATS[args.device, args.quick]
+    bandwidth = copy_bandwidth(args.device, repeats)
+    print(f"copy bandwidth    {bandwidth / 1e9:.1f} GB/s, read plus written\n", flush=True)
+    cases = op_cases(args.device, args.quick)
+    asked = [OpRow(operator, args.device, case, bandwidth, repeats) for operator in args.rows for case in cases]
+    rows = _measured(asked, measure_op, args, header)
+    return finish(rows, op_tables(rows))
+
+
+def run_training(args: argparse.Namespace, header: Header) -> int:
+    """Times training steps, each row in a process of its own."""
+    ways, cases, over = TRAINED[args.benchmark]
+    sizes = {
+        model: (args.batch_size or batch_size, length and (args.seq_len or length))
+        for model, (batch_size, length) in cases[args.device].items()
+        if model in args.models
+    }
+    common = {
+        "device": args.device,
+        "sub_token_size": args.sub_token_size,
+        "repeats": args.repeats or STEP_REPEATS[args.device, args.quick],
+    }
+    asked = list(rows_for({name: ways[name] for name in args.rows}, sizes, common))
+    rows = _measured(asked, measure_apart, args, header)
+    return finish(rows, train_table(rows, over))
+
+
+def run_full(args: argparse.Namespace, header: Header) -> int:
+    """Trains inside the budget, each row in a process of its own."""
+    rows = _measured(full_rows(args), measure_full_apart, args, header)
+    return finish(rows, full_table(rows))
+
+
+def _measured(
+    asked: Sequence[Any], measure: Callable[[Any], Any], args: argparse.Namespace, header: Header
+) -> list[Any]:
+    """The rows with their figures, each appended to the file as soon as it has them."""
+    rows: list[OpRow | TrainRow | FullRow] = []
+    for row in tqdm(asked, desc=args.benchmark, unit="row", disable=None, file=sys.stderr):
+        rows.append(measure(row))
+        append_rows(args.results / f"{args.benchmark}.jsonl", header, [{**asdict(rows[-1]), **derived(rows[-1])}])
+    return rows
+
+
+def finish(rows: Sequence[OpRow | TrainRow | FullRow], table: str) -> int:
+    """Tells in full why rows failed, then prints the table, whose cells are short; returns the exit code."""
+    failed = [row for row in rows if row.error is not None]
+    for row in failed:
+        print(f"tools/bench: failed: {row}: {row.error}", file=sys.stderr)
+    print(table)
+    return FAILED if failed else DONE
+
+
+def derived(row: OpRow | TrainRow | FullRow) -> dict[str, float | None]:
+    """The figures of a row that follow from others."""
+    if isinstance(row, OpRow):
+        return {"share_of_copy_bandwidth": row.share, "bound_seconds": row.bound_seconds, "over_bound": row.to_bound}
+    return {"tokens_per_second": row.tokens_per_second}
