@@ -124,7 +124,7 @@ def test_a_plan_of_a_wider_model_is_refused() -> None:
 def test_a_model_wrapped_by_torch_compile_is_refused_with_the_way_out() -> None:
     for call in (velora_fx.optimize, velora_fx.plan):
         with pytest.raises(ValueError, match="pass the model itself, and compile it afterwards"):
-            call(torch.compile(stack()), 4, BATCH)
+            call(torch.compile(stack()), 4, BATCH)  # type: ignore[type-var]
 
 
 def test_planning_at_the_first_forward_copies_no_optimizer_and_no_loss() -> None:

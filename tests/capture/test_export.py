@@ -24,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.helpers.allocator import peak_of
 from tests.helpers.graph_text import graph_text, operations
-from velora_fx.capture import Call, RegionGraph, find_graph, flatten, key_of, make_graph, state_of
-from velora_fx.capture.export import CaptureError, capture
+from velora_fx.capture import Call, CaptureError, RegionGraph, find_graph, flatten, key_of, make_graph, state_of
+from velora_fx.capture.export import capture
 
 WIDTH = 8
 kernel_runs: list[int] = []
@@ -166,7 +166,8 @@ class Remembering(nn.Module):
     def __init__(self, how: str) -> None:
         super().__init__()
         self.linear = nn.Linear(WIDTH, WIDTH)
-        self.how, self.calls, self.last, self.history = how, 0, None, []
+        self.how, self.calls, self.last = how, 0, None
+        self.history: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)

@@ -230,7 +230,15 @@ def test_a_budget_above_what_the_device_has_is_warned_of(llama: list[str], monke
 
 @pytest.mark.parametrize("budgets", [["--budget-gb", "1"], ["--sweep", "1,2"]])
 def test_stdout_is_the_reports_alone(net: str, tmp_path: Path, budgets: list[str]) -> None:
-    command = [sys.executable, ROOT / "tools" / "plan.py", "--model", f"{net}:printing", "--device", "cpu", *budgets]
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "plan.py"),
+        "--model",
+        f"{net}:printing",
+        "--device",
+        "cpu",
+        *budgets,
+    ]
     done = subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True, text=True, check=True)
     json.loads(done.stdout)
     assert "from Python" in done.stderr and "from C" in done.stderr

@@ -141,9 +141,8 @@ def test_example_inputs_that_do_not_fit_the_forward_are_refused() -> None:
 
 def test_example_inputs_may_be_a_dict_a_tuple_a_tensor_or_a_pair() -> None:
     x = rows()
-    plans = [
-        velora_fx.plan(stack(), 1, inputs) for inputs in ({"x": x}, (x,), [x], x, ((x,), {}), ((), {"x": x}))
-    ]  # fmt: skip
+    forms: list[Any] = [{"x": x}, (x,), [x], x, ((x,), {}), ((), {"x": x})]
+    plans = [velora_fx.plan(stack(), 1, inputs) for inputs in forms]
     assert len({plan.baseline.peak_bytes for plan in plans}) == 1
 
 

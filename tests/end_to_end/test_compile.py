@@ -95,7 +95,7 @@ def test_a_mask_that_only_a_compiler_makes_is_planned_for() -> None:
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])  # an eager step drops a mask that masks nothing
 
     def compressing_nodes(model: nn.Module) -> int:
-        found = []
+        found: list[Any] = []
 
         def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
             found.extend(node for node in gm.graph.nodes if "velora" in str(node.target))

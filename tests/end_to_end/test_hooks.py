@@ -27,8 +27,14 @@ from tests.helpers.zoo import loss_of
 
 def llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64, use_cache=False, attn_implementation="eager")).train()
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "attn_implementation": "eager",
+    }
+    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64, use_cache=False)).train()
 
 
 def ids() -> dict[str, Any]:

@@ -55,11 +55,11 @@ def pair(name: str, target: str = "eager") -> Pair:
             module.p = 0.0
     loss = (lambda loss: loss) if name == "stack" else loss_of
     plan = tightest(model, batch(0), gradients="factored", target=target, loss_fn=loss)
-    both = [
+    factored, dense = (
         velora_fx.optimize(copy.deepcopy(model), plan=made, example_inputs=batch(0), loss_fn=loss)
         for made in (plan, replace(plan, gradients="dense"))
-    ]
-    return Pair(*both, batch)
+    )
+    return Pair(factored, dense, batch)
 
 
 def loss_value(output: Any) -> Tensor:

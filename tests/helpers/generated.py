@@ -79,7 +79,9 @@ class Nested(nn.Module):
         self.pairs = nn.ModuleList(pairs)
 
     def forward(self, x: Tensor) -> Tensor:
-        for first, second in self.pairs:  # type: ignore[misc]
+        first: Any
+        second: Any
+        for first, second in self.pairs:
             for layer in first:
                 x = layer(x)
             x = x + second(x)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from tests.helpers.graph_text import call, gradients, graph_text, operations, prepared, same
-from velora_fx.capture import Call, key_of, make_graph, state_of
-from velora_fx.capture.export import CaptureError, capture
+from velora_fx.capture import Call, CaptureError, key_of, make_graph, state_of
+from velora_fx.capture.export import capture
 from velora_fx.passes import PREPARE, run
 
 

@@ -34,7 +34,7 @@ def texts(path: Path) -> str:
     """The comments that matplotlib writes for each text of an SVG file."""
     parser = ElementTree.XMLParser(target=ElementTree.TreeBuilder(insert_comments=True))
     root = ElementTree.parse(path, parser).getroot()
-    return "\n".join(str(node.text) for node in root.iter() if node.tag is ElementTree.Comment)
+    return "\n".join(str(node.text) for node in root.iter() if callable(node.tag))
 
 
 def test_the_curve_reaches_the_peak_and_adds_up_there(compressed: velora_fx.Plan) -> None:

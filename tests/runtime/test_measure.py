@@ -184,7 +184,8 @@ def test_optimizers_of_other_models_are_ignored() -> None:
 
 def test_the_state_of_all_optimizers_of_the_model_is_counted() -> None:
     model = optimised()
-    weights, rest = [], []
+    weights: list[Any] = []
+    rest: list[Any] = []
     for parameter in model.parameters():
         (weights if parameter.dim() == 2 else rest).append(parameter)
     optimizers = [torch.optim.SGD(weights, lr=1e-3, momentum=0.9), torch.optim.AdamW(rest)]

@@ -22,13 +22,13 @@ def sharded(rank: int) -> None:
     mesh = init_device_mesh("cpu", (2,))
     weight, carrier, v = torch.arange(48.0).view(12, 4), torch.arange(16.0).view(4, 4), torch.randn(4, 3)
     parts = [distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in (weight, carrier)]
-    shard = local_shard(*parts, v, input_dim=0)
+    shard = local_shard(parts[0], parts[1], v, input_dim=0)
     assert torch.equal(shard.weight, weight[6 * rank : 6 * rank + 6].t())
     assert torch.equal(shard.carrier, carrier[2 * rank : 2 * rank + 2].t())
     assert torch.equal(shard.v, v[2 * rank : 2 * rank + 2])
     torn = [distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in (torch.zeros(6, 4), torch.zeros(3, 4))]
     with pytest.raises(RuntimeError, match=r"within its sub-tokens of 2: shard over a number of ranks that divides 3"):
-        local_shard(*torn, torch.randn(3, 2), input_dim=0)
+        local_shard(torn[0], torn[1], torch.randn(3, 2), input_dim=0)
 
 
 def test_of_sharded_tensors_the_local_parts_go_together_and_torn_sub_tokens_are_refused():
