@@ -64,14 +64,14 @@ def planned_stack() -> nn.Module:
 @cache
 def planned_stack_once() -> nn.Module:
     torch.manual_seed(0)
-    return compressed(without_dropout(Stack(2).train()), rows(), target="inductor")
+    return compressed(without_dropout(Stack(2).train()), rows(), compiled=True)
 
 
 @cache
 def planned_once() -> LlamaForCausalLM:
     model = llama()
-    plan = tightest(model, ids(), target="inductor")
-    return velora_fx.optimize(model, plan=plan, example_inputs=ids())  # type: ignore[no-any-return]
+    plan = tightest(model, ids(), compiled=True)
+    return velora_fx.apply(model, plan, ids())  # type: ignore[no-any-return]
 
 
 def compile_blocks(model: nn.Module, backend: Any) -> Any:

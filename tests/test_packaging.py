@@ -60,7 +60,8 @@ def test_the_link_to_the_passes_resolves():
 
 def test_the_public_names_are_the_promised_ones():
     assert set(velora_fx.__all__) == {
-        "BudgetError", "Plan", "load_state_dict", "optimize", "plan", "plan_of", "restore", "state_dict",
+        "BudgetError", "Plan", "__version__", "apply", "load_state_dict", "measure", "optimize", "plan", "plan_of",
+        "restore", "state_dict",
     }  # fmt: skip
     assert len(velora_fx.__all__) == len(set(velora_fx.__all__))
 
@@ -68,6 +69,12 @@ def test_the_public_names_are_the_promised_ones():
 def test_every_public_name_is_there_and_described():
     for name in velora_fx.__all__:
         assert getattr(velora_fx, name).__doc__
+
+
+def test_the_version_is_that_of_the_package():
+    from importlib.metadata import version
+
+    assert velora_fx.__version__ == version("velora-fx")
 
 
 def test_no_module_bears_the_name_of_a_public_function():

@@ -44,5 +44,5 @@ def test_json_has_predicted_beside_measured_with_the_difference(measured_plan: v
 
 @pytest.mark.parametrize("schema", [4, None, "5"])
 def test_a_plan_of_another_schema_is_refused(plan: velora_fx.Plan, schema: object) -> None:
-    with pytest.raises(ValueError, match=f"a plan of schema 5 is needed, got schema {schema!r}"):
+    with pytest.raises(ValueError, match=f"a plan of schema 6 is needed, got schema {schema!r}"):
         velora_fx.Plan.from_dict({**plan.to_dict(), "schema": schema})

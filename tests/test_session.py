@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ def scalar(output: Tensor) -> Tensor:
 
 def optimized(**options: Any) -> nn.Module:
     model = stack()
-    return velora_fx.optimize(model, plan=tightest(model, BATCH, optimizer="none", **options), example_inputs=BATCH)
+    return velora_fx.apply(model, tightest(model, BATCH, optimizer="none", **options), BATCH)
 
 
 def is_untouched(model: nn.Module) -> bool:
@@ -43,8 +44,8 @@ def test_a_state_of_another_seed_is_planned_for_anew() -> None:
 def test_a_state_that_recomputes_brings_its_recomputation() -> None:
     source = stack()
     with pytest.raises(velora_fx.BudgetError) as raised:
-        velora_fx.plan(source, 1e-9, BATCH, optimizer="none", exact_only=True)
-    velora_fx.optimize(source, plan=raised.value.plan, example_inputs=BATCH)
+        velora_fx.plan(source, 1e-9, BATCH, optimizer="none", method="exact")
+    velora_fx.apply(source, raised.value.plan, BATCH)
     model = velora_fx.optimize(stack(), 4, BATCH, optimizer="none")
     velora_fx.load_state_dict(model, velora_fx.state_dict(source))
     model(*BATCH).backward()
@@ -59,7 +60,7 @@ def test_a_state_made_with_a_filter_loads_without_it() -> None:
     ids, options = (torch.arange(512).reshape(8, 64) % 64,), {"optimizer": "none", "loss_fn": Tensor.sum}
     source = build()
     plan = tightest(source, ids, filter_fn=lambda module, name: True, **options)
-    velora_fx.optimize(source, plan=plan, example_inputs=ids, **options)
+    velora_fx.apply(source, plan, ids)
     model = velora_fx.load_state_dict(build(), velora_fx.state_dict(source))
     model(*ids).sum().backward()
     assert velora_fx.plan_of(model).decisions == plan.decisions
@@ -90,11 +91,11 @@ def test_a_calibration_that_fails_leaves_the_model_as_it_was() -> None:
     model = FailsWithoutGradients().train()
     plan = tightest(model, BATCH, optimizer="none", projection="batch_mean")
     with pytest.raises(RuntimeError, match="trains only"):
-        velora_fx.optimize(model, plan=plan, example_inputs=BATCH)
+        velora_fx.apply(model, plan, BATCH)
     assert is_untouched(model)
-    signs = velora_fx.optimize(model, plan=tightest(model, BATCH, optimizer="none"), example_inputs=BATCH)
+    signs = velora_fx.apply(model, tightest(model, BATCH, optimizer="none"), BATCH)
     with pytest.raises(RuntimeError, match="trains only"):
-        velora_fx.optimize(model, plan=plan, example_inputs=BATCH)
+        velora_fx.apply(model, plan, BATCH)
     assert velora_fx.plan_of(signs).projection == "signs" and regions_of(signs)
     assert signs._forward_pre_hooks  # larger batches are still warned of
 
@@ -108,17 +109,10 @@ def test_a_state_whose_projections_do_not_fit_never_runs() -> None:
             model(*BATCH)
 
 
-def test_a_plan_that_compresses_and_exact_only_are_refused() -> None:
-    model = stack()
-    with pytest.raises(ValueError, match="exact_only never compresses"):
-        velora_fx.optimize(model, plan=tightest(model, BATCH), example_inputs=BATCH, exact_only=True)
-    assert is_untouched(model)
-
-
 def test_a_plan_of_a_wider_model_is_refused() -> None:
-    plan = tightest(stack(width=64), (rows(16, 64, 64),), optimizer="none")
+    plan, narrow = tightest(stack(width=64), (rows(16, 64, 64),)), tightest(stack(), BATCH)
     with pytest.raises(ValueError, match="of width"):
-        velora_fx.optimize(stack(width=32), plan=plan, example_inputs=BATCH)
+        velora_fx.apply(stack(width=32), replace(plan, inputs=narrow.inputs), BATCH)
 
 
 def test_a_model_wrapped_by_torch_compile_is_refused_with_the_way_out() -> None:
@@ -140,7 +134,7 @@ def test_planning_at_the_first_forward_copies_no_optimizer_and_no_loss() -> None
     assert velora_fx.plan_of(model).fits
 
 
-@pytest.mark.parametrize("text", ["[]", "null", "5", json.dumps({"schema": 5}), "{}"])
+@pytest.mark.parametrize("text", ["[]", "null", "5", json.dumps({"schema": 6}), "{}"])
 def test_what_is_no_plan_is_a_value_error(text: str) -> None:
     with pytest.raises(ValueError, match="plan"):
         velora_fx.Plan.from_json(text)
@@ -169,7 +163,7 @@ def test_a_plan_with_sizes_of_its_own_is_applied_and_loaded() -> None:
 
     plan = tightest(build(), (x,), sub_token_sizes=(509,), **options)
     assert {decision.sub_token_size for decision in plan.compressed} == {509}
-    model = velora_fx.optimize(build(), plan=plan, example_inputs=(x,), **options)
+    model = velora_fx.apply(build(), plan, (x,))
     model(x).sum().backward()
     again = velora_fx.load_state_dict(build(), velora_fx.state_dict(model))
     again(x).sum().backward()

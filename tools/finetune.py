@@ -12,12 +12,11 @@ import gc
 import importlib.util
 import json
 import logging
-import os
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,11 +32,13 @@ if importlib.util.find_spec("velora_fx") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import velora_fx
-from velora_fx.runtime.measure import watch_cpu
+from velora_fx.peaks import Measured, Peak
+from velora_fx.runtime import measured_step
 
 GIB, MIB = 2**30, 2**20
 HEAD_SIZE = 64
 BUDGET_SHARE = 0.3  # of the way from the smallest reachable peak to that of the untouched model
+NOT_PREDICTED = Peak(0, {}, "")  # a measurement takes from a prediction only how gradients come
 Texts = list[Tensor]  # batches [batch_size, seq_len] of bytes
 HELD_OUT_BATCHES, LAST_STEPS = 8, 10
 
@@ -78,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     dense = train("dense", *make_model(args, args.lr), texts, held_out, args.compile)
     model, optimizer = make_model(args, args.velora_lr)
-    velora_fx.optimize(model, budget_gb=budget_gb, example_inputs=example, optimizer=optimizer, seed=args.seed)
+    options = {"method": "compress", "compiled": args.compile, "optimizer": optimizer}
+    velora_fx.optimize(model, budget_gb, example, seed=args.seed, **options)
     plan = velora_fx.plan_of(model)
     print(plan, end="\n\n")
     velora = train("velora_fx", model, optimizer, texts, held_out, args.compile)
@@ -108,7 +110,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--compile",
         action="store_true",
-        help="torch.compile(fullgraph=True) both models; predictions stay those of eager steps",
+        help="torch.compile(fullgraph=True) both models, and plan for that",
     )
     add("--seed", type=int, default=0, metavar="N", help="of weights, batches and projections (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the settings, the plan and the numbers of both runs")
@@ -150,7 +152,8 @@ def choose_budget(args: argparse.Namespace, example: dict[str, Tensor]) -> float
     """The budget that was asked for, or one that needs compression; BudgetError if no plan meets the former."""
     model, optimizer = make_model(args, args.velora_lr)
     try:
-        velora_fx.plan(model, 1 / GIB if args.budget_gb is None else args.budget_gb, example, optimizer=optimizer)
+        budget_gb = 1 / GIB if args.budget_gb is None else args.budget_gb
+        velora_fx.plan(model, budget_gb, example, method="compress", compiled=args.compile, optimizer=optimizer)
     except velora_fx.BudgetError as error:
         if args.budget_gb is not None:
             raise
@@ -168,12 +171,13 @@ def train(name: str, model: Any, optimizer: Optimizer, texts: Texts, held_out: T
     warmup = LinearLR(optimizer, start_factor=0.1, total_iters=max(1, len(texts) // 10))
     runner = torch.compile(model, fullgraph=True) if compiled else model
     before = evaluate(model, held_out)
-    losses, seconds, peaks = [], [], list[int]()
+    losses, seconds, found = [], [], list[Measured]()
     for index, text in enumerate(tqdm(texts, desc=name, disable=None)):
         ids = text.to(model.device)
         optimizer.zero_grad(set_to_none=True)
         start = time.perf_counter()
-        with measured(peaks, model, optimizer, ids) if index == len(texts) // 2 else nullcontext():
+        step = measured_step(model, NOT_PREDICTED, ids.device.type, found.append)
+        with step if index == len(texts) // 2 else nullcontext():
             loss = runner(input_ids=ids, labels=ids).loss
             loss.backward()
             optimizer.step()
@@ -181,6 +185,7 @@ def train(name: str, model: Any, optimizer: Optimizer, texts: Texts, held_out: T
         seconds.append(time.perf_counter() - start)
         del loss  # else it is freed in the next step, which may be the measured one
         warmup.step()
+    peaks = [size for size in (found[0].allocated_bytes, found[0].reserved_bytes) if size is not None]
     return Run(losses, (before, evaluate(model, held_out)), peaks, min(seconds))
 
 
@@ -193,28 +198,6 @@ def evaluate(model: Any, held_out: Texts) -> float:
     return sum(losses) / len(losses)
 
 
-@contextmanager
-def measured(peaks: list[int], model: torch.nn.Module, optimizer: Optimizer, ids: Tensor) -> Iterator[None]:
-    """Appends the most bytes that were in use in between, and on CUDA the most that the allocator had reserved.
-
-    On CPU the allocator's events are summed on top of the bytes in use before.
-    """
-    if ids.is_cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        yield
-        peaks += [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
-        return
-    state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
-    before = {tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers(), *state, ids)}
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports its start and end on stderr
-    stop = watch_cpu([*before])
-    yield
-    found = stop()
-    assert found is not None
-    peaks.append(found[0])
-
-
 def report(args: argparse.Namespace, dense: Run, velora: Run, plan: velora_fx.Plan) -> None:
     """Prints both runs side by side, and what to make of them."""
     runs, last, peaks = (dense, velora), min(LAST_STEPS, args.steps), (plan.baseline, plan.planned)
@@ -225,7 +208,10 @@ def report(args: argparse.Namespace, dense: Run, velora: Run, plan: velora_fx.Pl
         (f"training loss, last {last} steps", *(f"{sum(run.losses[-last:]) / last:.4f}" for run in runs)),
         ("held-out loss before", *(f"{run.held_out[0]:.4f}" for run in runs)),
         ("held-out loss after", *(f"{run.held_out[1]:.4f}" for run in runs)),
-        (f"peak predicted ({plan.target}), MiB", *(f"{size / MIB:.1f}" for size in predicted)),
+        (
+            "peak predicted, MiB",
+            *(f"{size / MIB:.1f}" for size in predicted),
+        ),
         ("peak measured, MiB", *(f"{run.peaks[0] / MIB:.1f}" for run in runs)),
         ("predicted over measured", *(f"{p / r.peaks[0] - 1:+.2%}" for p, r in zip(predicted, runs, strict=True))),
         ("fastest step, ms", *(f"{run.step_seconds * 1e3:.0f}" for run in runs)),

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 
-from velora_fx.analyse import analyse, check_unwrapped
+from velora_fx.analyse import analyse, check_unwrapped, differences_of
 from velora_fx.capture import example_call, find_regions
 from velora_fx.choose import Planner
 from velora_fx.first_forward import Request
-from velora_fx.options import Options, budget_bytes_of, planning_device
+from velora_fx.options import (
+    Options,
+    budget_bytes_of,
+    options_from,
+    planning_device,
+    with_compiled,
+    with_options,
+)
 from velora_fx.plans import Plan
 from velora_fx.progress import planning_progress
-from velora_fx.runtime import STATE
+from velora_fx.runtime import STATE, measured_step
 from velora_fx.session import (
     Installed,
-    apply,
     apply_at_first_forward,
+    apply_request,
     installed_on,
     load_projections,
     take_out,
@@ -28,129 +36,97 @@ from velora_fx.session import (
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 
-def optimize(
-    model: Model,
-    budget_gb: float | str | None = None,
-    example_inputs: Any = None,
-    *,
-    plan: Plan | None = None,
-    optimizer: Any = "adamw",
-    target: str | None = None,
-    gradients: str = "dense",
-    projection: str = "signs",
-    sub_token_sizes: Sequence[int] | None = None,
-    filter_fn: Callable[[torch.nn.Module, str], bool] | None = None,
-    loss_fn: Callable[[Any], torch.Tensor] | None = None,
-    gradient_accumulation: int = 1,
-    exact_only: bool = False,
-    recompute: bool = False,
-    objective: str = "memory",
-    max_approximation: float | None = None,
-    device: str | torch.device | None = None,
-    seed: int = 0,
-    measure: bool = False,
-) -> Model:
+@with_options
+def optimize(model: Model, budget_gb: float | str | None = None, example_inputs: Any = None, **options: Any) -> Model:
     """Makes one training step of the model fit a memory budget, in place, and returns the model.
 
-    Activations that only weight gradients need are kept as rank-1 projections of sub-tokens where the budget needs
-    it (VeLoRA, arXiv 2405.17991); outputs, input gradients and all other gradients stay exact.
+    Activations that only weight gradients need are kept as rank-1 projections of sub-tokens (VeLoRA, arXiv 2405.17991),
+    and blocks recompute in backward, where the budget needs it; outputs, input gradients and all other gradients stay
+    exact. A step that fits as it is stays as it is.
 
     Args:
-        budget_gb: peak memory of a step in GiB (2**30 bytes): allocated bytes on CPU; on CUDA reserved memory with
-            the CUDA context, the plan's tensors plus its `overhead` by name. "device" for all memory of the CUDA
-            device: tensors get what the overhead leaves of it. More than the device has is warned of.
-        example_inputs: the largest batch to plan for: a dict of keyword arguments, a tuple of arguments or an
-            (args, kwargs) pair of `model(...)`. Without it, planning happens at the first training forward, and
-            `torch.compile(fullgraph=True)` has to wait until then.
-        plan: a plan to apply instead of a budget, as `plan` or `BudgetError.plan` gives it.
+        budget_gb: peak memory of a step in GiB (2**30 bytes), as 24 or "24GiB": allocated bytes on CPU; on CUDA
+            reserved memory with the CUDA context. "device" for all memory of the CUDA device.
+        example_inputs: the largest batch: a dict of keyword arguments, a tuple of arguments or an (args, kwargs) pair
+            of `model(...)`; or a list of such dicts, of which the largest counts. Without it, planning happens at the
+            first training forward.
+        method: "auto", whatever is cheapest; "compress", VeLoRA alone; "exact", recompute alone.
+        compiled: True for a step that runs under `torch.compile`, False for an eager one; None finds out.
         optimizer: "adamw", "sgd", "none", an optimizer class, or an optimizer made from the model's parameters.
-        target: how the step will run: "eager", or "inductor" for `torch.compile(model)`; by default that of `plan`, or
-            "eager".
-        gradients: "dense", the ordinary `.grad` of each weight; or "factored": a compressed weight is frozen, and a
-            parameter M times smaller beside it, `<weight name>_carrier`, has its gradient dYᵀz, optimizer state and
-            share of the all-reduce. After each step the weight takes what the optimizer has made of it: exactly the
-            dense step. Call `optimize` with example_inputs before the optimizer, DDP or FSDP are made. Exact for
-            elementwise optimizers without coupled weight decay (others raise RuntimeError at their first step, before
-            they change anything), for accumulation, `GradScaler` and `clip_grad_norm_` in the 2-norm, not for
-            `clip_grad_value_`. A use of a compressed weight outside of its own product, such as a penalty in the loss,
-            has no gradient.
+
+    Advanced:
+        gradients: "dense", the `.grad` of each weight; or "factored": a compressed weight is frozen, and a parameter M
+            times smaller beside it, `<weight name>_carrier`, has its gradient, optimizer state and share of the
+            all-reduce; after each step the weight takes what the optimizer made of it, exactly the dense step. It needs
+            example_inputs, before the optimizer, DDP or FSDP are made (docs/factored-gradients.md).
+        objective: "memory"; or "speed", which also compresses wherever the predicted step gets faster, without a budget
+            too.
+        sub_token_sizes: the sizes M to choose from; by default divisors of each width between 2 and 128, small ones
+            first, for speed up to 8.
         projection: "signs", random signs from `seed`, the same on every rank and in every run; "batch_mean", the
-            paper's mean sub-token of the example inputs or of the first training batch, kept in `state_dict`.
-        sub_token_sizes: the sizes M to choose from; by default divisors of each width between 2 and 128.
+            paper's mean sub-token of the first batch, kept in `state_dict`.
         filter_fn: `filter_fn(module, name)` is True where the module's weight may get an approximate gradient; by
             default weights tied to an embedding and output heads over a vocabulary may not.
         loss_fn: the loss of the model's output, for planning; by default the output's `loss`, or a stand-in.
         gradient_accumulation: batches whose gradients are added up before each optimizer step.
-        exact_only: never compress; blocks recompute in backward what the budget does not let them keep, by
-            `torch.utils.checkpoint`: norms and activations first, all of the block where that is not enough.
-        recompute: blocks may be recomputed besides, priced by the time it takes.
-        objective: "memory", the least approximation that fits the budget; "speed", besides that, compression wherever
-            the predicted time of the step falls, also of inputs that free no memory. It needs no budget.
-        max_approximation: how far "speed" may go: the mean log2 of the sub-token size over the entries of all weights
-            that may be compressed; 5 allows sub-tokens of 32 for every one, or larger ones for some.
-        device: what is planned for, "cpu" or "cuda"; by default the model's device.
         seed: seed of the projections.
-        measure: measure the real peak, once, from the end of the first optimizer step to the end of the second: on
-            CUDA by the allocator's statistics, with `torch.cuda.reset_peak_memory_stats`; on CPU by PyTorch's profiler:
-            do not start another one in that step. Then `plan_of(model).measured` holds it, and a warning tells of a
-            plan that is off by more than 5%.
 
     Raises:
         ValueError: bad arguments, or a model without a trainable matrix product.
-        BudgetError: no plan fits; it carries the smallest reachable peak and the plan that reaches it, whatever
-            `max_approximation` is; where that is all that stands in the way, the cheapest plan within the budget.
+        BudgetError: no plan fits; it carries the smallest reachable peak and the plan that reaches it.
         Whatever the model's own forward raises on the example inputs. The model is then as it was.
     """
-    options = Options(
-        optimizer=optimizer, target=_target_of(target, plan), gradients=gradients, projection=projection,
-        sub_token_sizes=sub_token_sizes, filter_fn=filter_fn, loss_fn=loss_fn, device=device, seed=seed,
-        gradient_accumulation=gradient_accumulation, exact_only=exact_only, recompute=recompute,
-        objective=objective, max_approximation=max_approximation,
-        measure=measure,
-    )  # fmt: skip
-    _apply_or_wait(model, _request(model, options, budget_gb, plan), example_inputs)
+    checked = options_from(options)
+    if isinstance(budget_gb, Plan):
+        raise ValueError("budget_gb is a Plan: velora_fx.apply(model, plan) applies one")
+    if budget_gb is None and checked.objective == "memory":
+        raise ValueError("optimize needs a budget: budget_gb=24, in GiB, or objective='speed'")
+    device = planning_device(model)
+    budget_bytes = None if budget_gb is None else budget_bytes_of(budget_gb, device)
+    _check_model(model)
+    _apply_or_wait(model, Request(checked, device, budget_bytes, None, {}), example_inputs)
     return model
 
 
+@with_options
 def plan(
     model: torch.nn.Module,
     budget_gb: float | str | None,
     example_inputs: Any,
     *,
-    optimizer: Any = "adamw",
-    target: str = "eager",
-    gradients: str = "dense",
-    projection: str = "signs",
-    sub_token_sizes: Sequence[int] | None = None,
-    filter_fn: Callable[[torch.nn.Module, str], bool] | None = None,
-    loss_fn: Callable[[Any], torch.Tensor] | None = None,
-    gradient_accumulation: int = 1,
-    exact_only: bool = False,
-    recompute: bool = False,
-    objective: str = "memory",
-    max_approximation: float | None = None,
     device: str | torch.device | None = None,
-    seed: int = 0,
+    **options: Any,
 ) -> Plan:
     """The plan that `optimize` would make, with the model left as it is; arguments and errors are those of `optimize`.
 
-    Without a budget nothing is compressed, but for speed: the plan shows the step as it is. The model's weights are not
-    read: a model on the meta device can be planned for.
+    `device` is what is planned for, "cpu" or "cuda", by default the model's own. Without a budget nothing is done for
+    memory: the plan shows the step as it is. The model's weights are not read: one on the meta device can be planned
+    for.
     """
-    options = Options(
-        optimizer=optimizer, target=target, gradients=gradients, projection=projection,
-        sub_token_sizes=sub_token_sizes, filter_fn=filter_fn, loss_fn=loss_fn, device=device, seed=seed,
-        gradient_accumulation=gradient_accumulation, exact_only=exact_only, recompute=recompute,
-        objective=objective, max_approximation=max_approximation,
-    )  # fmt: skip
-    where = planning_device(model, options)
+    checked = with_compiled(options_from(options), model)
+    where = planning_device(model, device)
     budget_bytes = None if budget_gb is None else budget_bytes_of(budget_gb, where)
     _check_model(model)
-    check_unwrapped(model, options.is_factored)
+    check_unwrapped(model, checked.is_factored)
     args, kwargs = _checked_call(model, example_inputs)
     with planning_progress() as progress:
-        analysis = analyse(model, args, kwargs, options, where, progress)
-        return Planner(analysis, type(model).__name__, options).plan(budget_bytes)[0]
+        analysis = analyse(model, args, kwargs, checked, where, progress)
+        return Planner(analysis, type(model).__name__, checked).plan(budget_bytes)
+
+
+def apply(model: Model, plan: Plan, example_inputs: Any = None) -> Model:
+    """Applies a plan that was made before, in place, and returns the model: nothing is planned anew.
+
+    The plan may come from `plan`, a BudgetError or `Plan.from_json`. With `example_inputs`, as `optimize` takes them,
+    it is applied at once, else at the first training forward; factored gradients need them. Raises ValueError, with
+    what differs, for a plan of another model, other inputs, another autocast or another version of PyTorch; the model
+    is then as it was.
+    """
+    if not isinstance(plan, Plan):
+        raise ValueError(f"plan must be a velora_fx.Plan, got {type(plan).__name__}: Plan.from_json reads one")
+    _check_model(model)
+    _apply_or_wait(model, _request_for(model, plan, {}), example_inputs)
+    return model
 
 
 def plan_of(model: torch.nn.Module) -> Plan:
@@ -165,6 +141,28 @@ def restore(model: Model) -> Model:
     """Undoes `optimize`: every module gets its own forward back; a model that is not optimised stays as it is."""
     take_out(model)
     return model
+
+
+@contextmanager
+def measure(model: torch.nn.Module) -> Iterator[None]:
+    """Measures the real peak of one training step of an optimised model, which runs within::
+
+        with velora_fx.measure(model):
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        print(velora_fx.plan_of(model))  # predicted beside measured
+
+    The first step makes the optimizer's state: measure a later one. On CUDA the allocator's statistics are used, and
+    its peaks set back; on CPU PyTorch's profiler. Warns of a plan that is off by more than 5%. Raises RuntimeError
+    where no optimizer of the model stepped or another profiler ran, ValueError for a model on another device than
+    planned for.
+    """
+    installed = installed_on(model)
+    installed.watch.seen.clear()
+    plan = installed.plan
+    with measured_step(model, plan.planned, plan.device, installed.take):
+        yield
 
 
 def state_dict(model: torch.nn.Module) -> dict[str, Any]:
@@ -183,10 +181,9 @@ def state_dict(model: torch.nn.Module) -> dict[str, Any]:
 def load_state_dict(model: Model, state: Mapping[str, Any], example_inputs: Any = None) -> Model:
     """Puts a state from `state_dict` into a model and returns it.
 
-    An optimised model with the same decisions takes over the projections at once; any other model is prepared to
-    apply the saved plan at its first training forward or, with example_inputs as `optimize` takes them, at once. A plan
-    with factored gradients needs them: the optimizer has to find the carriers. Raises ValueError for a state that does
-    not fit: where that shows at the first forward, the model is then as it was before.
+    An optimised model with the same decisions takes over the projections at once; any other model gets the saved plan
+    as `apply` does it. Raises ValueError for a state that does not fit: where that shows at the first forward, the
+    model is then as it was before.
     """
     if set(state) != {"plan", "projections"}:
         raise ValueError(f"a state of velora_fx.state_dict has the keys plan and projections, got {sorted(state)}")
@@ -195,19 +192,26 @@ def load_state_dict(model: Model, state: Mapping[str, Any], example_inputs: Any 
     if isinstance(installed, Installed) and _what_is_installed(installed.plan) == _what_is_installed(saved):
         load_projections(installed.regions, state["projections"])
         return model
-    options = Options(projection=saved.projection, seed=saved.seed, target=saved.target)
     _check_model(model)
-    request = Request(options, planning_device(model, options), None, saved, dict(state["projections"]))
-    _apply_or_wait(model, request, example_inputs)
+    _apply_or_wait(model, _request_for(model, saved, dict(state["projections"])), example_inputs)
     return model
 
 
+def _request_for(model: torch.nn.Module, plan: Plan, projections: Mapping[str, torch.Tensor]) -> Request:
+    """The request to apply a plan."""
+    options = Options(compiled=plan.compiled, gradients=plan.gradients, projection=plan.projection, seed=plan.seed)
+    return Request(options, planning_device(model), None, plan, projections)
+
+
 def _apply_or_wait(model: torch.nn.Module, request: Request, example_inputs: Any) -> None:
-    is_factored = request.options.is_factored or (request.plan is not None and request.plan.is_factored)
-    check_unwrapped(model, is_factored)
+    check_unwrapped(model, request.options.is_factored)
     if example_inputs is not None:
-        apply(model, request, *_checked_call(model, example_inputs))
-    elif is_factored:
+        args, kwargs = _checked_call(model, example_inputs)
+        differences = differences_of(request.plan, model, args, kwargs) if request.plan is not None else []
+        if differences:
+            raise ValueError(f"the plan is for another step: {'; '.join(differences)}: make it anew, for this one")
+        apply_request(model, request, args, kwargs)
+    elif request.options.is_factored:
         raise ValueError(
             "factored gradients need example_inputs: the optimizer, DDP and FSDP must find the carriers of the weights "
             "and are made before the first forward"
@@ -216,34 +220,8 @@ def _apply_or_wait(model: torch.nn.Module, request: Request, example_inputs: Any
         apply_at_first_forward(model, request)
 
 
-def _target_of(target: str | None, plan: Plan | None) -> str:
-    """The target that is asked for, by default that of the plan; ValueError where they differ."""
-    own = plan.target if isinstance(plan, Plan) else None
-    if target is not None and own is not None and target != own:
-        raise ValueError(f"the plan is for target={own!r}, got target={target!r}: leave it out, or make another plan")
-    return target or own or "eager"
-
-
 def _what_is_installed(plan: Plan) -> tuple[Any, ...]:
     return plan.decisions, plan.recomputed, plan.projection, plan.seed, plan.gradients
-
-
-def _request(model: torch.nn.Module, options: Options, budget_gb: float | str | None, plan: Plan | None) -> Request:
-    if plan is not None and options.objective != "memory":
-        raise ValueError("a plan says what is compressed: leave out objective and max_approximation")
-    if (budget_gb is None) == (plan is None) and (plan is not None or options.objective == "memory"):
-        got = "neither: pass budget_gb (in GiB) or a plan" if plan is None else "both"
-        raise ValueError(f"optimize takes either budget_gb or plan, got {got}")
-    if plan is not None and not isinstance(plan, Plan):
-        raise ValueError(f"plan must be a velora_fx.Plan, got {type(plan).__name__}")
-    if plan is not None and options.is_factored and not plan.is_factored:
-        raise ValueError("the plan is for dense gradients: make it with gradients='factored', or leave that out here")
-    if plan is not None and plan.compressed and options.exact_only:
-        raise ValueError("exact_only never compresses, and the plan does: leave one of them out")
-    device = planning_device(model, options)
-    budget_bytes = None if budget_gb is None else budget_bytes_of(budget_gb, device)
-    _check_model(model)
-    return Request(options, device, budget_bytes, plan, {})
 
 
 def _check_model(model: torch.nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ Apply = Callable[[torch.nn.Module, "Request", tuple[Any, ...], dict[str, Any]], 
 
 @dataclass(frozen=True)
 class Request:
-    """What `optimize` was asked for: a budget or a plan, and projections to load with it."""
+    """What `optimize` or `apply` was asked for: a budget or a plan, and projections to load with it."""
 
     options: Options
     device: torch.device
@@ -75,7 +75,7 @@ class FirstForward(StandIn):
     def before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The hook before the model's forward."""
         if self.is_due:
-            self.plan(args, kwargs)
+            self.plan(torch.compiler.is_compiling(), args, kwargs)
 
     def inside(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         """The hook before the modules in the model."""
@@ -84,7 +84,7 @@ class FirstForward(StandIn):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.is_due:
-            self.plan(args, kwargs)
+            self.plan(torch.compiler.is_compiling(), args, kwargs)
         if self.planned:  # in this call, which had taken this for the forward before
             self.planned = False
             own = vars(self.block).get("forward")
@@ -96,11 +96,14 @@ class FirstForward(StandIn):
         reason="velora_fx plans at the first training forward, which cannot be compiled: pass example_inputs to "
         "velora_fx.optimize to use torch.compile(fullgraph=True) at once"
     )
-    def plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Plans for this call and installs the plan."""
+    def plan(self, is_compiled: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Plans for this call, as one of compiled code or not where it was not said, and installs the plan."""
+        options = self.request.options
+        if options.compiled is None and is_compiled:
+            options = replace(options, compiled=True)
         self.planning = True
         try:
-            self.apply(self.block, self.request, args, kwargs)
+            self.apply(self.block, replace(self.request, options=options), args, kwargs)
             self.planned = True
         finally:
             self.planning = False

@@ -2,52 +2,51 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 GIB = 2**30
 PROJECTIONS = ("signs", "batch_mean")
-TARGETS = ("eager", "inductor")
+METHODS = ("auto", "compress", "exact")
 GRADIENTS = ("dense", "factored")
 OBJECTIVES = ("memory", "speed")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The keyword arguments of `optimize` and `plan` besides model, budget and inputs; they are described there.
+    """The keyword arguments of `optimize` and `plan`: their names and defaults are stated here alone.
 
-    Raises ValueError for a value that is not allowed.
+    They are described in the docstring of `optimize`. Raises ValueError for a value that is not allowed.
     """
 
+    method: str = "auto"
+    compiled: bool | None = None
     optimizer: Any = "adamw"
-    target: str = "eager"
     gradients: str = "dense"
-    projection: str = "signs"
+    objective: str = "memory"
     sub_token_sizes: Sequence[int] | None = None
+    projection: str = "signs"
     filter_fn: Callable[[torch.nn.Module, str], bool] | None = None
     loss_fn: Callable[[Any], torch.Tensor] | None = None
     gradient_accumulation: int = 1
-    exact_only: bool = False
-    recompute: bool = False
-    objective: str = "memory"
-    max_approximation: float | None = None
-    device: str | torch.device | None = None
     seed: int = 0
-    measure: bool = False
 
     def __post_init__(self) -> None:
-        _one_of("target", self.target, TARGETS)
+        _one_of("method", self.method, METHODS)
+        if self.compiled not in (None, True, False) or type(self.compiled) is int:
+            raise ValueError(f"compiled must be True, False or None (to find out), got {self.compiled!r}")
         _one_of("gradients", self.gradients, GRADIENTS)
         _one_of("projection", self.projection, PROJECTIONS)
         _one_of("objective", self.objective, OBJECTIVES)
-        self._check_gradients()
-        self._check_approximation()
+        self._check_combinations()
         sizes = self.sub_token_sizes
         if sizes is not None and (
             isinstance(sizes, (str, int, float))
@@ -63,58 +62,59 @@ class Options:
         batches = self.gradient_accumulation
         if type(batches) is not int or batches < 1:
             raise ValueError(f"gradient_accumulation must be a number of batches, at least 1, got {batches!r}")
-        for name, flag in {"exact_only": self.exact_only, "recompute": self.recompute}.items():
-            if type(flag) is not bool:
-                raise ValueError(f"{name} must be True or False, got {flag!r}")
         if type(self.seed) is not int:
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
-        if type(self.measure) is not bool:
-            raise ValueError(f"measure must be True or False, got {self.measure!r}")
-        if self.device is not None:
-            try:
-                kind = torch.device(self.device).type
-            except (RuntimeError, TypeError) as error:
-                raise ValueError(f"device must be 'cpu' or 'cuda', got {self.device!r}") from error
-            if kind not in ("cpu", "cuda"):
-                raise ValueError(f"device must be 'cpu' or 'cuda', got {self.device!r}")
 
     @property
     def is_factored(self) -> bool:
         """True where compressed weights have factored gradients."""
         return self.gradients == "factored"
 
-    def _check_gradients(self) -> None:
+    @property
+    def compresses(self) -> bool:
+        """True where saved tensors may be compressed."""
+        return self.method != "exact"
+
+    @property
+    def recomputes(self) -> bool:
+        """True where blocks may be recomputed in backward."""
+        return self.method != "compress"
+
+    def _check_combinations(self) -> None:
         if self.is_factored and self.projection != "signs":
             raise ValueError(
                 "gradients='factored' is exact for projections of equal magnitudes alone: leave projection at 'signs', "
                 f"got {self.projection!r}"
             )
-        if self.is_factored and self.exact_only:
+        if self.is_factored and not self.compresses:
             raise ValueError(
-                "exact_only never compresses, and gradients are factored where that is done: leave one of them out"
+                "method='exact' never compresses, and gradients are factored where that is done: leave one of them out"
+            )
+        if self.objective == "speed" and not self.compresses:
+            raise ValueError(
+                "method='exact' never compresses, and objective='speed' does nothing else: leave one of them out"
             )
 
-    def _check_approximation(self) -> None:
-        most: Any = self.max_approximation
-        if (self.objective == "speed") != (most is not None):
-            raise ValueError(
-                f"objective='speed' goes with max_approximation, got objective={self.objective!r} and "
-                f"max_approximation={most!r} (--objective, --max-approximation): it bounds the mean log2 of the "
-                "sub-token size, so 5 allows 2**5 = 32 for all weights, or larger ones for some and none for others"
-            )
-        if most is None:
-            return
-        number = math.nan if isinstance(most, bool) or not isinstance(most, Real) else _as_float(most)
-        if not 0 < number < math.inf:
-            raise ValueError(
-                f"max_approximation must be a positive number such as 5, got {most!r} (--max-approximation)"
-            )
-        object.__setattr__(self, "max_approximation", number)
-        if self.exact_only:
-            raise ValueError(
-                "exact_only never compresses, and objective='speed' does nothing else: leave one of them out "
-                "(--exact-only, --objective speed)"
-            )
+
+def options_from(given: Mapping[str, Any]) -> Options:
+    """The options of a call; TypeError, with the names that there are, for one that is unknown."""
+    known = [field.name for field in fields(Options)]
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise TypeError(f"there is no option {', '.join(unknown)}: the options are {', '.join(known)}")
+    return Options(**given)
+
+
+def with_options(function: Function) -> Function:
+    """The function, whose signature names each of its `**options`, for `help` and editors."""
+    own = inspect.signature(function)
+    shown = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    shown += [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+        for f in fields(Options)
+    ]
+    function.__signature__ = own.replace(parameters=shown)  # type: ignore[attr-defined]
+    return function
 
 
 def _as_float(number: Real) -> float:
@@ -146,9 +146,10 @@ def budget_bytes_of(budget_gb: Any, device: torch.device) -> int:
                 f'budget_gb="device" needs a CUDA device, and this machine has no {device}: pass a number of GiB'
             )
         return capacity_bytes
-    if isinstance(budget_gb, bool) or not isinstance(budget_gb, Real):
-        raise ValueError(f'budget_gb must be a number of GiB or "device", got {budget_gb!r}')
-    size = _as_float(budget_gb) * GIB
+    number = _number_in(budget_gb) if isinstance(budget_gb, str) else budget_gb
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise ValueError(f'budget_gb must be a number of GiB such as 24 or "24GiB", or "device", got {budget_gb!r}')
+    size = _as_float(number) * GIB
     if not (math.isfinite(size) and size > 0):
         raise ValueError(f"budget_gb must be a positive number of GiB, got {budget_gb!r}")
     budget_bytes = int(size)
@@ -162,6 +163,14 @@ def budget_bytes_of(budget_gb: Any, device: torch.device) -> int:
     return budget_bytes
 
 
+def _number_in(text: str) -> float | None:
+    """The number in "24", "24GiB" or "24 GiB"; None for other text."""
+    try:
+        return float(text.strip().removesuffix("GiB"))
+    except ValueError:
+        return None
+
+
 def _capacity_bytes(device: torch.device) -> int | None:
     """All memory of a CUDA device, None where it is not at hand."""
     if device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count():
@@ -169,11 +178,26 @@ def _capacity_bytes(device: torch.device) -> int | None:
     return int(torch.cuda.get_device_properties(device).total_memory)
 
 
-def planning_device(model: torch.nn.Module, options: Options) -> torch.device:
-    """The device that is planned for: the one asked for, else the model's own (CPU for a meta model)."""
-    if options.device is not None:
-        return torch.device(options.device)
-    first = next(model.parameters(), None)
-    if first is None or first.device.type not in ("cpu", "cuda"):
-        return torch.device("cpu")
-    return first.device
+def planning_device(model: torch.nn.Module, device: str | torch.device | None = None) -> torch.device:
+    """The device that is planned for: the one asked for, else the model's own (CPU for a meta model).
+
+    Raises ValueError for one that is neither CPU nor CUDA.
+    """
+    if device is None:
+        first = next(model.parameters(), None)
+        is_real = first is not None and first.device.type in ("cpu", "cuda")
+        return first.device if first is not None and is_real else torch.device("cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}") from error
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
+    return found
+
+
+def with_compiled(options: Options, model: torch.nn.Module) -> Options:
+    """The options, where `compiled` was to be found out: True if the model or a module in it has been compiled."""
+    if options.compiled is not None:
+        return options
+    return replace(options, compiled=any(module._compiled_call_impl is not None for module in model.modules()))

@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 from velora_fx.peaks import Curve, Group, Measured, Peak, compare_categories, compare_peaks
 
-SCHEMA = 5
-ROUNDING = 1e-12  # the relative error of a sum of logarithms
+SCHEMA = 6
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Recomputed:
 class Exact:
     """The best that is reached exactly, instead of by compression: whether it fits the budget, its peak and time.
 
-    `means` is "untouched" where the step fits as it is, "checkpointing" (`exact_only=True` installs it) or "compiler",
+    `means` is "untouched" where the step fits as it is, "checkpointing" (`method="exact"` installs it) or "compiler",
     the private setting `torch._functorch.config.ban_recompute_materialized_backward=False`.
     """
 
@@ -84,13 +83,13 @@ class Plan:
     was. `baseline` and `planned` are the simulated peaks of the untouched and of the planned model, in bytes of tensors
     plus overhead; `measured` is the peak of a real step, once there was one. `recomputed` names the blocks that
     recompute in backward; `exact` is the best that is done exactly in place of the compression, None where nothing is
-    compressed, without a budget, and without blocks to recompute. `approximation` is the mean log2 of the sub-token
-    size over the entries of all weights that may be compressed, 0 where none is; `max_approximation` is how far that
-    was allowed to go, for speed. Step times are predicted for `rates`.
+    compressed, without a budget, and without blocks to recompute. `compiled` tells whether the step is one of
+    torch.compile, `method` what was allowed, `autocast` the dtype of the autocast that was on, `torch_version` the
+    PyTorch that it was made with. Step times are predicted for `rates`.
     """
 
     model: str
-    target: str
+    compiled: bool
     device: str
     optimizer: str
     inputs: tuple[Input, ...]
@@ -105,27 +104,17 @@ class Plan:
     notes: tuple[str, ...]
     projection: str
     seed: int
+    method: str = "auto"
     gradients: str = "dense"
     objective: str = "memory"
-    approximation: float = 0.0
-    max_approximation: float | None = None
+    autocast: str | None = None
+    torch_version: str = ""
     measured: Measured | None = None
 
     @property
     def fits(self) -> bool:
-        """True if the planned peak is within the budget, and the approximation within what is allowed."""
-        return self.is_within_budget and self.is_within_approximation
-
-    @property
-    def is_within_budget(self) -> bool:
         """True if the planned peak is within the budget."""
         return self.budget_bytes is None or self.planned.peak_bytes <= self.budget_bytes
-
-    @property
-    def is_within_approximation(self) -> bool:
-        """True if the approximation is within `max_approximation`, but for rounding."""
-        most = self.max_approximation
-        return most is None or self.approximation <= most * (1 + ROUNDING)
 
     @property
     def overhead_bytes(self) -> int:
@@ -141,6 +130,11 @@ class Plan:
     def compressed(self) -> tuple[Decision, ...]:
         """The decisions to compress."""
         return tuple(decision for decision in self.decisions if decision.action == "compress")
+
+    @property
+    def largest_sub_token(self) -> int | None:
+        """The largest sub-token size in the plan, None where nothing is compressed."""
+        return max((decision.sub_token_size or 0 for decision in self.compressed), default=None)
 
     def __str__(self) -> str:
         from velora_fx.report import render
@@ -214,11 +208,7 @@ def _measured(data: Mapping[str, Any]) -> Measured:
 
 
 class BudgetError(ValueError):
-    """A budget that no plan meets; `smallest_peak_bytes` is the least reachable, `plan` the plan that reaches it.
-
-    That is the tightest plan in memory, whatever `max_approximation` is. Where plans meet the budget, but none within
-    `max_approximation`, `plan` is the cheapest that meets the budget, and `smallest_peak_bytes` its peak.
-    """
+    """A budget that no plan meets; `smallest_peak_bytes` is the least reachable, `plan` the plan that reaches it."""
 
     def __init__(self, message: str, plan: Plan) -> None:
         super().__init__(message)

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from velora_fx.analyse import LARGEST_SUB_TOKEN, analyse
+from velora_fx.analyse import analyse, captured, check_plan_fits, region_plans
 from velora_fx.capture_ahead import CaptureAhead
-from velora_fx.choose import Planner, actions_of
+from velora_fx.choose import Planner
 from velora_fx.first_forward import FirstForward, Request, wait
 from velora_fx.ops import without_wrappers
+from velora_fx.options import with_compiled
 from velora_fx.peaks import Measured
 from velora_fx.plans import Plan
 from velora_fx.progress import planning_progress
-from velora_fx.report.measured import mismatch_text
+from velora_fx.report import mismatch_text
 from velora_fx.runtime import (
     STATE,
     BatchWatch,
     Checkpointed,
     Folding,
-    Measurement,
     Region,
     StandIn,
     calibrate,
@@ -39,12 +39,12 @@ from velora_fx.runtime import (
 
 @dataclass
 class Installed:
-    """What `optimize` leaves on a model: its plan, its regions, its checkpointed blocks, and a pending measurement."""
+    """What `optimize` leaves on a model: its plan, its regions, its checkpointed blocks, the watch on its batches."""
 
     plan: Plan
     regions: list[Region]
     checkpointed: list[Checkpointed]
-    measurement: Measurement | None = None
+    watch: BatchWatch
 
     @property
     def stand_ins(self) -> list[StandIn]:
@@ -53,46 +53,46 @@ class Installed:
 
     def take(self, measured: Measured) -> None:
         """Puts a real step into the plan, and warns of a plan that is far from it."""
-        self.plan = replace(self.plan, measured=measured)
-        self.measurement = None
+        self.plan = replace(self.plan, measured=replace(measured, inputs=dict(self.watch.seen)))
         text = mismatch_text(self.plan)
         if text is not None:
-            warnings.warn(f"velora_fx: {text}", stacklevel=5)
+            warnings.warn(f"velora_fx: {text}", stacklevel=4)
 
 
-def apply(model: torch.nn.Module, request: Request, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Plans for the given call as requested and installs the result; a failure leaves the model as it was."""
-    options = request.options
-    if request.plan is not None:
-        made_for = request.plan
-        options = replace(options, projection=made_for.projection, seed=made_for.seed, gradients=made_for.gradients)
-        options = replace(options, filter_fn=_filter_of(made_for), sub_token_sizes=_sizes_of(made_for))
+def apply_request(model: torch.nn.Module, request: Request, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Plans for the given call, if the request has no plan, and installs the plan; a failure leaves the model as it
+    was."""
+    options = with_compiled(request.options, model)
     with planning_progress() as progress:
-        analysis = analyse(model, args, kwargs, options, request.device, progress)
-        if request.plan is not None:
-            made, actions = request.plan, actions_of(request.plan, analysis)
+        if request.plan is None:
+            analysis = analyse(model, args, kwargs, options, request.device, progress)
+            findings, plan = (
+                analysis.findings,
+                Planner(analysis, type(model).__name__, options).plan(request.budget_bytes),
+            )
         else:
-            made, actions = Planner(analysis, type(model).__name__, options).plan(request.budget_bytes)
+            findings, plan = captured(model, args, kwargs, options, request.device, progress), request.plan
+            check_plan_fits(plan, findings, dict(model.named_parameters(remove_duplicate=False)))
+        compressed = [(item.consumers, item.sub_token_size or 0) for item in plan.compressed]
+        regions_to_install = region_plans(findings, compressed, plan.is_factored)
+    names = {without_wrappers(name): name for name, _ in model.named_modules()}
     before = vars(model).get(STATE)
     carriers = take_out(model)
     try:
-        regions = install(model, analysis.region_plans(actions.sizes), options.seed, made.target)
-        checkpointed = install_checkpointing(model, actions.recomputed)
+        regions = install(model, regions_to_install, plan.seed, plan.compiled)
+        recomputed = {names[without_wrappers(item.region)]: item.recompute for item in plan.recomputed}
+        checkpointed = install_checkpointing(model, recomputed)
         if request.projections:
             load_projections(regions, request.projections)
-        elif options.projection == "batch_mean":
+        elif plan.projection == "batch_mean":
             calibrate(model, regions, args, kwargs)
     except BaseException:
         uninstall(model)
         remove_carriers(model)
         _put_back(model, before, carriers)
         raise
-    made = replace(made, measured=None) if made.measured is not None else made  # that was another run
-    installed = Installed(made, regions, checkpointed)
-    setattr(model, STATE, installed)
-    watch = _watch(model, installed)
-    if options.measure:
-        installed.measurement = Measurement(model, made.planned, made.device, watch.seen, installed.take)
+    plan = replace(plan, measured=None)  # that was another run
+    setattr(model, STATE, Installed(plan, regions, checkpointed, _watch(model, plan, regions)))
 
 
 def _put_back(
@@ -105,32 +105,19 @@ def _put_back(
     if before is not None:
         setattr(model, STATE, before)
     if isinstance(before, Installed):
-        _watch(model, before)
+        before.watch = _watch(model, before.plan, before.regions)
 
 
-def _filter_of(plan: Plan) -> Callable[[torch.nn.Module, str], bool]:
-    """Lets the modules that the plan compresses be compressed: it may leave out others that read the same input."""
-    consumers = {without_wrappers(name.partition("#")[0]) for item in plan.compressed for name in item.consumers}
-    owners = {name.rpartition(".")[0] for name in consumers}  # of parameters that are no `weight`
-    return lambda module, name: without_wrappers(name) in consumers | owners
-
-
-def _sizes_of(plan: Plan) -> tuple[int, ...] | None:
-    """Sizes to find what the plan compresses by: the usual ones, and any larger that it has."""
-    larger = {d.sub_token_size for d in plan.compressed if (d.sub_token_size or 0) > LARGEST_SUB_TOKEN}
-    return (*range(2, LARGEST_SUB_TOKEN + 1), *sorted(filter(None, larger))) if larger else None
-
-
-def _watch(model: torch.nn.Module, installed: Installed) -> BatchWatch:
-    if installed.plan.target == "inductor" and installed.regions:
-        CaptureAhead(installed.regions).install(model)
-    return watch_batches(model, {item.name: item.shape for item in installed.plan.inputs})
+def _watch(model: torch.nn.Module, plan: Plan, regions: Sequence[Region]) -> BatchWatch:
+    if plan.compiled and regions:
+        CaptureAhead(regions).install(model)
+    return watch_batches(model, {item.name: item.shape for item in plan.inputs})
 
 
 def apply_at_first_forward(model: torch.nn.Module, request: Request) -> None:
     """Has the model planned for, as requested, at its first training forward."""
     take_out(model)
-    wait(model, request, apply)
+    wait(model, request, apply_request)
 
 
 def take_out(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -138,9 +125,7 @@ def take_out(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     weights their gradients; returns the carriers that stood for those."""
     taken = uninstall(model)
     for module in model.modules():
-        state = vars(module).pop(STATE, None)
-        if isinstance(state, Installed) and state.measurement is not None:
-            state.measurement.cancel()
+        vars(module).pop(STATE, None)
     foldings = {s.listener for s in taken if isinstance(s, Region) and isinstance(s.listener, Folding)}
     unwatch(model)
     carriers = remove_carriers(model)

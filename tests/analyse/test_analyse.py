@@ -89,7 +89,7 @@ def test_where_inner_modules_have_hooks_the_plan_claims_only_what_training_does(
     for number in hooked:
         observe(model.blocks[number].up, how)
     plan = tightest(model, (rows(),))
-    velora_fx.optimize(model, plan=plan, example_inputs=(rows(),))
+    velora_fx.apply(model, plan, (rows(),))
     assert approximate(model, stack()) == {f"{name}.weight" for name in consumers(plan)}
     assert {name.split(".")[1] for name in consumers(plan) if name.startswith("blocks")} == {"0", "1", "2"}
     assert any("blocks.0 could not be captured" in note and "hooks" in note for note in plan.notes)

@@ -72,17 +72,18 @@ def made(**writes: Any) -> tuple[Stack, dict[str, Tensor]]:
 
 def halfway(model: nn.Module, batch: dict[str, Tensor], share: float = 0.5, **options: Any) -> velora_fx.Plan:
     """The plan half of the way from the smallest reachable to the untouched peak, or another share of it."""
+    options = {"optimizer": "none", "method": "compress", **options}
     with pytest.raises(velora_fx.BudgetError) as raised:
-        velora_fx.plan(model, 1e-9, batch, optimizer="none", **options)
+        velora_fx.plan(model, 1e-9, batch, **options)
     ends = raised.value.smallest_peak_bytes, raised.value.plan.baseline.peak_bytes
     assert ends[0] < ends[1]
     budget = ends[0] + share * (ends[1] - ends[0])
-    return velora_fx.plan(model, budget / 2**30, batch, optimizer="none", **options)
+    return velora_fx.plan(model, budget / 2**30, batch, **options)
 
 
 def assert_trains_like_the_untouched(model: Stack, batch: dict[str, Tensor], plan: velora_fx.Plan) -> None:
     untouched = copy.deepcopy(model)
-    velora_fx.optimize(model, plan=plan, example_inputs=batch)
+    velora_fx.apply(model, plan, batch)
     approximate = set(compressed_weights(model))
     assert torch.equal(step(model, batch, lambda loss: loss), step(untouched, batch, lambda loss: loss))
     assert_same_gradients(model, untouched, {name for name, _ in model.named_parameters()} - approximate)
@@ -91,36 +92,36 @@ def assert_trains_like_the_untouched(model: Stack, batch: dict[str, Tensor], pla
 INSIDE = (halved, halved_in_part, nn.SiLU(inplace=True), nn.ReLU(inplace=True))
 
 
-@pytest.mark.parametrize("options", [{}, {"exact_only": True}, {"recompute": True}])
+@pytest.mark.parametrize("options", [{"method": method} for method in ("compress", "exact", "auto")])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("inside", INSIDE)
 def test_a_block_that_writes_to_a_products_result_trains_like_the_untouched(
-    inside: Callable[[Tensor], Tensor], bias: bool, options: dict[str, bool]
+    inside: Callable[[Tensor], Tensor], bias: bool, options: dict[str, str]
 ) -> None:
     model, batch = made(bias=bias, inside=inside)
     plan = halfway(model, batch, **options)
     assert all(item.recompute == "all" for item in plan.recomputed)
-    assert bool(plan.recomputed) or not options.get("exact_only")
+    assert bool(plan.recomputed) or options["method"] != "exact"
     assert_trains_like_the_untouched(model, batch, plan)
 
 
 def test_what_cannot_be_recomputed_in_part_is_said_once_for_all_blocks() -> None:
     model, batch = made(inside=halved)
-    report = str(halfway(model, batch, exact_only=True))
+    report = str(halfway(model, batch, method="exact"))
     assert report.count("is recomputed whole or not: a matrix product's result is written in place") == 1
     assert "blocks.0-2 is recomputed whole or not" in report
-    assert "written in place" not in str(halfway(*made(), exact_only=True))
+    assert "written in place" not in str(halfway(*made(), method="exact"))
 
 
 def test_blocks_that_write_nothing_are_recomputed_in_part() -> None:
     model, batch = made()
-    assert "pointwise" in {item.recompute for item in halfway(model, batch, 0.9, exact_only=True).recomputed}
+    assert "pointwise" in {item.recompute for item in halfway(model, batch, 0.9, method="exact").recomputed}
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_products_result_that_is_written_after_its_block_is_not_kept_for_it(bias: bool) -> None:
     model, batch = made(bias=bias, after=halved)
-    plan = halfway(model, batch, exact_only=True)
+    plan = halfway(model, batch, method="exact")
     assert {item.recompute for item in plan.recomputed} == {"all"}
     assert_trains_like_the_untouched(model, batch, plan)
 
@@ -131,22 +132,22 @@ def test_a_block_that_writes_to_its_input_is_not_recomputed() -> None:
     install_checkpointing(again, {f"blocks.{number}": "all" for number in range(3)})
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # what it would do
         step(again, batch, lambda loss: loss)
-    plan = velora_fx.plan(model, None, batch, optimizer="none", exact_only=True)
+    plan = velora_fx.plan(model, None, batch, optimizer="none", method="exact")
     assert not plan.recomputed and "what it is given is written in place" in str(plan)
 
 
 def test_compiled_blocks_that_write_to_a_products_result_are_recomputed_whole() -> None:
     model, batch = made(inside=halved)
-    plan = halfway(model, batch, exact_only=True, target="inductor")
+    plan = halfway(model, batch, method="exact", compiled=True)
     assert {item.recompute for item in plan.recomputed} == {"all"}
 
 
 def test_a_plan_for_a_block_that_writes_nothing_is_refused_for_one_that_does() -> None:
     model, batch = made()
-    plan = halfway(model, batch, 0.9, exact_only=True)
+    plan = halfway(model, batch, 0.9, method="exact")
     writing, _ = made(inside=halved)
     with pytest.raises(ValueError, match=r"recomputes blocks\.\d pointwise.*written in place"):
-        velora_fx.optimize(writing, plan=plan, example_inputs=batch)
+        velora_fx.apply(writing, plan, batch)
     assert torch.equal(writing(**batch), made(inside=halved)[0](**batch))
 
 
@@ -162,5 +163,5 @@ def test_a_trained_input_of_a_block_may_be_stepped_by_the_optimizer() -> None:
             return self.head(x).square().mean()  # type: ignore[no-any-return]
 
     model, batch = Latents().train(), made()[1]
-    plan = halfway(model, batch, exact_only=True)
+    plan = halfway(model, batch, method="exact")
     assert plan.recomputed

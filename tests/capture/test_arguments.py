@@ -50,6 +50,11 @@ def rebuilt(value: Any) -> Any:
 
 @few
 @given(values)
+def test_of_several_batches_the_largest_is_taken() -> None:
+    batches = [{"x": torch.zeros(2, size), "y": torch.zeros(size)} for size in (3, 8, 5)]
+    assert example_call(batches) == ((), batches[1])
+
+
 def test_what_is_taken_apart_goes_together_again(value):
     again = rebuilt(value)
     assert again == value and repr(again) == repr(value)

@@ -41,8 +41,10 @@ def compiled_peak(model: nn.Module, by_blocks: bool) -> int:
 @pytest.mark.slow
 def test_the_compilers_own_recompute_reaches_what_the_plan_says() -> None:
     model = model_without_dropout()
-    tight = tightest(model, BATCH, target="inductor", optimizer="none")
-    plan = velora_fx.plan(model, (tight.baseline.peak_bytes - 1) / 2**30, BATCH, target="inductor", optimizer="none")
+    tight = tightest(model, BATCH, compiled=True, optimizer="none")
+    plan = velora_fx.plan(
+        model, (tight.baseline.peak_bytes - 1) / 2**30, BATCH, compiled=True, optimizer="none", method="compress"
+    )
     assert plan.compressed and plan.exact is not None and plan.exact.means == "compiler"
     with torch._functorch.config.patch(ban_recompute_materialized_backward=False):
         measured = compiled_peak(model, by_blocks=False)
@@ -54,11 +56,11 @@ def test_the_compilers_own_recompute_reaches_what_the_plan_says() -> None:
 def test_compiled_by_blocks_an_exact_plan_fits_and_its_gradients_are_the_untouched_ones() -> None:
     model = model_without_dropout(num_blocks=6)  # no more than four are compiled as a whole
     reference = copy.deepcopy(model)
-    options = {"target": "inductor", "optimizer": "none", "exact_only": True}
+    options = {"compiled": True, "optimizer": "none", "method": "exact"}
     with pytest.raises(velora_fx.BudgetError) as raised:
         velora_fx.plan(model, 1e-9, BATCH, **options)
     tight = raised.value.plan
-    velora_fx.optimize(model, plan=tight, example_inputs=BATCH, **options)
+    velora_fx.apply(model, tight, BATCH)
     measured = compiled_peak(model, by_blocks=True)
     assert abs(tight.planned.peak_bytes - measured) <= 0.03 * measured
     assert any("compiled one by one" in note for note in tight.notes)

@@ -55,7 +55,7 @@ class Products(nn.Module):
 
 
 def compiled_search(model: nn.Module, batch: dict[str, Tensor]) -> Search:
-    return Search(analysis_of(model, batch, target="inductor", optimizer="sgd"), compresses=True, recomputes=False)
+    return Search(analysis_of(model, batch, compiled=True, optimizer="sgd"), compresses=True, recomputes=False)
 
 
 @pytest.mark.slow

@@ -40,14 +40,13 @@ def test_along_twenty_budgets_peaks_rise_and_approximation_falls(name: str) -> N
     search = Search(analysis, compresses=True, recomputes=False)
     smallest, untouched = search.tightest[1].peak_bytes, analysis.baseline.peak_bytes
     assert smallest < untouched
-    weights = {candidate.key: candidate.num_weights for candidate in analysis.candidates}
     peaks, costs = [], []
     for number in range(POINTS):
         budget = smallest + (untouched - smallest) * number // (POINTS - 1)
         actions, peak = search.within(budget)
         assert peak.peak_bytes <= budget
         peaks.append(peak.peak_bytes)
-        costs.append(sum(weights[key] * math.log2(size) for key, size in actions.sizes.items()))
+        costs.append(search.problem.cost(actions))
     assert costs[-1] == 0 and peaks[-1] == untouched
     assert all(less >= more for less, more in itertools.pairwise(costs))
     assert all(less <= more for less, more in itertools.pairwise(peaks))
@@ -87,7 +86,7 @@ def test_the_lowest_rung_of_a_cost_is_found(
 
 
 def compiled_search(model: nn.Module, batch: dict[str, Tensor]) -> Search:
-    options = Options(target="inductor", optimizer="sgd", loss_fn=lambda output: output)
+    options = Options(compiled=True, optimizer="sgd", loss_fn=lambda output: output)
     analysis = analyse(model, (), batch, options, torch.device("cpu"), lambda step: None)
     return Search(analysis, compresses=True, recomputes=False)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import velora_fx
 from velora_fx.cli.main import main
 from velora_fx.plans import Plan
 from velora_fx.simulate.timeline import CATEGORIES
@@ -86,7 +87,7 @@ def test_json_is_one_object_with_the_promised_keys(llama: list[str], capsys: pyt
     out, err = capsys.readouterr()
     data = json.loads(out)
     assert err == ""
-    assert (data["schema"], data["model"], data["target"], data["fits"]) == (5, llama[1], "eager", True)
+    assert (data["schema"], data["model"], data["compiled"], data["fits"]) == (6, llama[1], False, True)
     assert data["budget_bytes"] == int(float(TIGHT) * GIB)
     for peak in (data["baseline"], data["planned"]):
         assert set(peak["breakdown"]) == set(CATEGORIES)
@@ -149,7 +150,18 @@ def test_a_budget_that_cannot_be_met_is_said_in_the_report(
 
 
 def test_the_options_reach_the_plan(llama: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--budget-gb", TIGHT, "--sub-token-sizes", "16,32", "--projection", "batch_mean", "--seed", "5"]
+    options = [
+        "--budget-gb",
+        TIGHT,
+        "--method",
+        "compress",
+        "--sub-token-sizes",
+        "16,32",
+        "--projection",
+        "batch_mean",
+        "--seed",
+        "5",
+    ]
     options += ["--optimizer", "torch.optim:Adagrad", "--dtype", "bfloat16", "--device", "cuda"]
     assert main([*llama, *options, "--json"]) == 1
     data = json.loads(capsys.readouterr().out)
@@ -251,3 +263,28 @@ def test_a_report_that_nobody_can_read_does_not_exit_as_one_that_does_not_fit(cl
     )
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert (done.returncode, "Traceback" in done.stderr) == (0 if closed == "-" else 3, False)
+
+
+def test_a_plan_is_saved_shown_again_and_applied(
+    llama: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "plan.json"
+    assert main([*llama, "--budget-gb", TIGHT, "--save", str(path)]) == 0
+    report = capsys.readouterr().out
+    assert main(["--plan", str(path)]) == 0
+    assert capsys.readouterr().out == report
+    assert velora_fx.Plan.from_json(path.read_text()).fits
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "pass --model, to plan for it, or --plan, to show what was saved: got neither"),
+        (["--model", "gpt2", "--plan", "x.json"], "got both"),
+        (["--plan", "missing.json"], "missing.json"),
+        (["--model", "gpt2", "--save", "no/such/x.json"], "--save: there is no folder"),
+    ],
+)
+def test_bad_plan_files_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err

@@ -7,6 +7,7 @@ import copy
 import io
 import math
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,7 +38,7 @@ def assert_untouched(model: nn.Module) -> None:
     assert not [name for module in model.modules() for name in vars(module) if name in ("forward", "_velora_fx")]
 
 
-@pytest.mark.parametrize("budget", [0, -1, math.nan, math.inf, 10**400, "lots", "24", True, [24]])
+@pytest.mark.parametrize("budget", [0, -1, math.nan, math.inf, 10**400, "lots", "24 GB", True, [24]])
 def test_a_bad_budget_is_refused(budget: Any) -> None:
     model = stack()
     with pytest.raises(ValueError, match=r"budget_gb must be a .*number of GiB") as caught:
@@ -74,7 +75,7 @@ def test_on_cuda_no_plan_exceeds_its_budget_and_the_smallest_reachable_one_is_re
     for share in (0.0, 0.3, 0.6, 0.9):
         budget = int(smallest + share * (baseline - smallest))
         plan = cuda_budget(budget)
-        assert plan.compressed and plan.planned.peak_bytes <= budget
+        assert (plan.compressed or plan.recomputed) and plan.planned.peak_bytes <= budget
         fragmentation.add(plan.planned.overhead["fragmentation"])
     assert len(fragmentation) > 2  # it follows the tensors
     with pytest.raises(velora_fx.BudgetError):
@@ -94,12 +95,11 @@ def test_the_device_as_budget_counts_the_overhead_once(missing_bytes: int, monke
     assert plan.baseline == baseline
 
 
-@pytest.mark.parametrize("call", [velora_fx.plan, velora_fx.optimize])
-def test_a_budget_above_the_device_warns_when_planning_for_it(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_above_the_device_warns_when_planning_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=2**31))
     with pytest.warns(UserWarning, match=r"budget of 4\.00 GiB is above the 2\.00 GiB that cuda has"):
-        call(stack(), 4, (rows(),), device="cuda")
+        velora_fx.plan(stack(), 4, (rows(),), device="cuda")
 
 
 def test_the_plan_names_the_inputs_that_it_holds_for() -> None:
@@ -112,12 +112,28 @@ def test_the_plan_names_the_inputs_that_it_holds_for() -> None:
     assert velora_fx.Plan.from_json(plan.to_json()) == plan
 
 
-def test_budget_and_plan_exclude_each_other() -> None:
+def test_what_is_neither_a_budget_nor_a_plan_is_refused() -> None:
     model = stack()
-    with pytest.raises(ValueError, match="got neither"):
+    with pytest.raises(ValueError, match=r"optimize needs a budget: budget_gb=24"):
         velora_fx.optimize(model)
-    with pytest.raises(ValueError, match="got both"):
-        velora_fx.optimize(model, 1, (rows(),), plan=tightest(model, (rows(),)))
+    with pytest.raises(ValueError, match=r"velora_fx.apply\(model, plan\) applies one"):
+        velora_fx.optimize(model, velora_fx.plan(model, None, (rows(),)))
+    with pytest.raises(ValueError, match=r"got str: Plan\.from_json reads one"):
+        velora_fx.apply(model, "{}")
+    assert_untouched(model)
+
+
+def test_a_plan_for_another_step_is_refused_with_what_differs() -> None:
+    plan = tightest(stack(), (rows(),))
+    model = stack()
+    cases = (
+        (plan, (rows(2),), r"x is 2 x 8 x 32 float32, and was 4 x 8 x 32 float32"),
+        (replace(plan, torch_version="1.13.0"), (rows(),), r"PyTorch is .*, and was 1.13.0"),
+        (replace(plan, autocast="bfloat16"), (rows(),), r"autocast is off, and was bfloat16"),
+    )
+    for other, inputs, message in cases:
+        with pytest.raises(ValueError, match=message):
+            velora_fx.apply(model, other, inputs)
     assert_untouched(model)
 
 
@@ -187,7 +203,7 @@ def test_a_plan_of_another_model_is_refused() -> None:
     other = tightest(stack(num_blocks=5), (rows(),))
     model = stack()
     with pytest.raises(ValueError, match="make the plan with this model"):
-        velora_fx.optimize(model, plan=other, example_inputs=(rows(),))
+        velora_fx.apply(model, other, (rows(),))
     assert_untouched(model)
 
 
@@ -205,8 +221,8 @@ def test_the_plan_is_not_there_before_the_first_training_forward() -> None:
 
 def test_planning_happens_at_the_first_training_forward_and_equals_planning_at_once() -> None:
     budget = tightest(stack(), (rows(64, 64),), optimizer="adamw").planned.peak_bytes * 1.02 / 2**30
-    at_once = velora_fx.optimize(stack(), budget, (rows(64, 64),))
-    lazy = velora_fx.optimize(stack(), budget)
+    at_once = velora_fx.optimize(stack(), budget, (rows(64, 64),), method="compress")
+    lazy = velora_fx.optimize(stack(), budget, method="compress")
     for model in (at_once, lazy):
         step(model, {"x": rows(64, 64)}, loss_of)
     assert velora_fx.plan_of(at_once).compressed
@@ -218,7 +234,7 @@ def test_the_whole_model_as_one_region_is_compressed_in_its_first_forward_too() 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 4)).train()
     plan = tightest(model, (rows(),))
-    lazy = velora_fx.optimize(copy.deepcopy(model), plan=plan)
+    lazy = velora_fx.apply(copy.deepcopy(model), plan)
     step(lazy, {"input": rows()}, lambda output: output.square().mean())
     with rebuilt_inputs(model, compressed_weights(lazy)):
         step(model, {"input": rows()}, lambda output: output.square().mean())
@@ -252,9 +268,9 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize("make", [stack, whole])
 def test_a_forward_that_is_wrapped_before_the_first_step_is_planned_and_compressed(make: Any) -> None:
     plan = tightest(make(), (rows(),))
-    model = velora_fx.optimize(make(), plan=plan)
+    model = velora_fx.apply(make(), plan)
     wrap_forward(model)
-    expected = gradients_of(velora_fx.optimize(make(), plan=plan, example_inputs=(rows(),)))
+    expected = gradients_of(velora_fx.apply(make(), plan, (rows(),)))
     assert equal(gradients_of(model), expected)
     assert not equal(expected, gradients_of(make()))
     assert velora_fx.plan_of(model).compressed
@@ -264,7 +280,7 @@ def test_a_forward_that_is_wrapped_before_the_first_step_is_planned_and_compress
 @pytest.mark.parametrize("make", [stack, whole])
 def test_restore_reaches_a_forward_that_was_wrapped_afterwards(make: Any, lazy: bool) -> None:
     plan = tightest(make(), (rows(),))
-    model = velora_fx.optimize(make(), plan=plan, example_inputs=None if lazy else (rows(),))
+    model = velora_fx.apply(make(), plan, None if lazy else (rows(),))
     wrap_forward(model)
     gradients_of(model)
     velora_fx.restore(model)
@@ -307,7 +323,7 @@ def test_a_model_in_eval_mode_is_planned_for_training_and_stays_in_eval_mode() -
     assert plan.decisions == expected.decisions
     assert any("eval" in note for note in plan.notes)
     assert not any("eval" in note for note in expected.notes)
-    velora_fx.optimize(model, plan=plan, example_inputs=(rows(),))
+    velora_fx.apply(model, plan, (rows(),))
     assert not any(module.training for module in model.modules())
     optimised = compressed(stack(), rows())
     assert equal(gradients_of(model.train()), gradients_of(optimised))
@@ -337,7 +353,7 @@ def test_what_a_parameter_carries_as_attributes_is_there_in_planning() -> None:
     model.blocks = nn.ModuleList(Noted() for _ in range(3))
     plan = tightest(model, (rows(),))
     assert "blocks.0.up" in {consumer for decision in plan.compressed for consumer in decision.consumers}
-    velora_fx.optimize(model, plan=plan, example_inputs=(rows(),))
+    velora_fx.apply(model, plan, (rows(),))
     assert {parameter.grad is None for parameter in model.parameters()} == {True}
     gradients_of(model)
     assert regions_of(model)
@@ -466,7 +482,7 @@ def test_batch_mean_projects_on_the_normalised_mean_sub_token_of_the_example_inp
         model[0].bias.add_(0.5)
     plan = tightest(model, (x,), sub_token_sizes=(8,), projection="batch_mean")
     generator = torch.get_rng_state()
-    velora_fx.optimize(model, plan=plan, example_inputs=(x,))
+    velora_fx.apply(model, plan, (x,))
     assert torch.equal(torch.get_rng_state(), generator)
     assert not model[2].running_mean.any() and model[2].num_batches_tracked == 0
     mean = F.layer_norm(x, (32,), bias=model[0].bias, weight=model[0].weight).double().reshape(-1, 8).mean(0)
@@ -479,7 +495,7 @@ def test_state_names_types_and_files_are_as_before() -> None:
     model, reference = LLAMA.build(), LLAMA.build()
     parameters = dict(model.named_parameters())
     batch = LLAMA.batch(2, 12)
-    velora_fx.optimize(model, plan=tightest(model, batch), example_inputs=batch)
+    velora_fx.apply(model, tightest(model, batch), batch)
     assert type(model) is type(reference)
     assert list(model.state_dict()) == list(reference.state_dict())
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
@@ -488,7 +504,7 @@ def test_state_names_types_and_files_are_as_before() -> None:
 def test_save_pretrained_and_generate_work_as_before(tmp_path: Any) -> None:
     model, reference = LLAMA.build(), LLAMA.build()
     batch = LLAMA.batch(2, 12)
-    velora_fx.optimize(model, plan=tightest(model, batch), example_inputs=batch)
+    velora_fx.apply(model, tightest(model, batch), batch)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), reference.parameters(), strict=True))

@@ -123,8 +123,8 @@ def factored(
     """A model with factored gradients, checkpointing switched on before or after it was planned for."""
     model, batch = made(name), batch_of(name)
     tell(model, is_before, use_reentrant)
-    plan = tightest(model, batch, gradients="factored", optimizer="adamw", target=target)
-    velora_fx.optimize(model, plan=plan, example_inputs=batch)
+    plan = tightest(model, batch, gradients="factored", optimizer="adamw", compiled=target == "inductor")
+    velora_fx.apply(model, plan, batch)
     tell(model, True, use_reentrant)
     return model, plan
 
@@ -139,7 +139,7 @@ def test_it_trains_as_the_dense_plan_without_checkpointing_and_keeps_no_more_tha
     reference = made(name)
     tell(reference, False, use_reentrant)
     untouched = saved_bytes(reference, batch)
-    velora_fx.optimize(reference, plan=replace(plan, gradients="dense"), example_inputs=batch)
+    velora_fx.apply(reference, replace(plan, gradients="dense"), batch)
     checkpointed = made(name)
     tell(checkpointed, True, use_reentrant)
     start = copy.deepcopy(reference)
@@ -190,7 +190,7 @@ def test_the_planned_peak_is_the_allocators(name: str) -> None:
     tell(model, True, False)
     plan = tightest(model, batch, gradients="factored", optimizer="sgd")
     assert_near(plan.baseline.peak_bytes, measured_peak(model, batch, loss_of=loss_value), "eager")
-    velora_fx.optimize(model, plan=plan, example_inputs=batch)
+    velora_fx.apply(model, plan, batch)
     assert_near(plan.planned.peak_bytes, measured_peak(model, batch, loss_of=loss_value), "eager")
     decisions = [decision for decision in plan.compressed if decision.region]
     assert decisions and all(d.update_bytes_after < d.update_bytes_before for d in decisions)

@@ -38,7 +38,7 @@ def test_inductors_gradients_equal_the_eager_ones_with_dynamic_shapes(name: str)
             module.attention_dropout = 0.0
     model = without_dropout(model)
     batch = case.batch(*case.shapes[0])
-    velora_fx.optimize(model, plan=tightest(model, batch), example_inputs=batch)
+    velora_fx.apply(model, tightest(model, batch), batch)
     eager = copy.deepcopy(model)
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
@@ -108,7 +108,7 @@ def test_a_mask_that_only_a_compiler_makes_is_planned_for() -> None:
         return len(found)
 
     model = case.build()
-    velora_fx.optimize(model, plan=tightest(model, batch, target="inductor"), example_inputs=batch)
+    velora_fx.apply(model, tightest(model, batch, compiled=True), batch)
     assert compressing_nodes(model) > 0
 
 
@@ -125,7 +125,7 @@ def test_equal_blocks_compiled_one_by_one_give_as_many_graphs_as_there_are_plans
     half = tuple(d for d in tight.decisions if int(d.region.rpartition(".")[2] if d.region != "head" else 0) < 6)
     plan = copy.copy(tight)
     object.__setattr__(plan, "decisions", half)
-    velora_fx.optimize(model, plan=plan, example_inputs=(rows(),))
+    velora_fx.apply(model, plan, (rows(),))
     eager = copy.deepcopy(model)
     counter = CompileCounterWithBackend("aot_eager")
     for block in model.blocks:
@@ -145,11 +145,11 @@ def test_fullgraph_before_planning_is_an_error_that_says_what_to_pass() -> None:
 
 def test_without_fullgraph_planning_happens_in_the_first_compiled_forward() -> None:
     budget = tightest(stack(), (rows(64, 64),)).planned.peak_bytes * 1.02 / 2**30
-    model = velora_fx.optimize(without_dropout(stack()), budget)
+    model = velora_fx.optimize(without_dropout(stack()), budget, method="compress")
     compiled = torch.compile(model, backend="aot_eager")
     for _ in range(2):
         step(compiled, {"x": rows(64, 64)}, loss_of)
     assert velora_fx.plan_of(compiled).compressed
-    eager = velora_fx.optimize(without_dropout(stack()), budget, (rows(64, 64),))
+    eager = velora_fx.optimize(without_dropout(stack()), budget, (rows(64, 64),), method="compress")
     step(eager, {"x": rows(64, 64)}, loss_of)
     assert_same_gradients(model, eager)

@@ -74,7 +74,7 @@ class Vision(nn.Module):
 def off(model: nn.Module, x: Tensor) -> list[float]:
     """How far the predicted peaks are off, untouched and with everything compressed."""
     batch = {"x": x}
-    predicted = predict(model, batch, target="inductor", loss_fn=lambda output: output)
+    predicted = predict(model, batch, compiled=True, loss_fn=lambda output: output)
     pairs = (predicted.untouched_bytes, model), (predicted.compressed_bytes, predicted.compressed)
     return [abs(num_bytes / measured_peak(made, batch, "inductor") - 1) for num_bytes, made in pairs]
 
@@ -95,7 +95,7 @@ def test_a_compiled_vision_transformer_has_the_predicted_peak(num_blocks: int) -
 @pytest.mark.slow
 def test_where_blocks_are_searched_apart_the_plan_fits_as_one_graph() -> None:
     torch.manual_seed(0)
-    predicted = predict(Calls(range(9)).train(), {"x": torch.randn(4, 64, 64)}, target="inductor")
+    predicted = predict(Calls(range(9)).train(), {"x": torch.randn(4, 64, 64)}, compiled=True)
     analysis = predicted.analysis
     budget = (predicted.untouched_bytes + predicted.compressed_bytes) // 2
     actions, peak = Search(analysis, compresses=True, recomputes=False).within(budget)

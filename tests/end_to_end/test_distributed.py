@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import tempfile
 from collections.abc import Callable
@@ -51,7 +52,7 @@ def batch(rank: int) -> torch.Tensor:
 
 def ddp(rank: int) -> None:
     model = without_dropout(stack())
-    velora_fx.optimize(model, plan=tightest(model, (batch(rank),)), example_inputs=(batch(rank),))
+    velora_fx.apply(model, tightest(model, (batch(rank),)), (batch(rank),))
     wrapped = DistributedDataParallel(model)
     wrapped(batch(rank)).backward()
     assert velora_fx.plan_of(wrapped).compressed
@@ -61,7 +62,7 @@ def ddp(rank: int) -> None:
 
 def fsdp2(rank: int) -> None:
     model = without_dropout(stack())
-    velora_fx.optimize(model, plan=tightest(model, (batch(rank),)), example_inputs=(batch(rank),))
+    velora_fx.apply(model, tightest(model, (batch(rank),)), (batch(rank),))
     expected = joined_gradients(model)
     for block in model.blocks:
         fully_shard(block)
@@ -75,7 +76,7 @@ def fsdp2(rank: int) -> None:
 def batch_mean(rank: int) -> None:
     model = without_dropout(stack())
     plan = tightest(model, (batch(rank),), projection="batch_mean")
-    velora_fx.optimize(model, plan=plan, example_inputs=(batch(rank),))
+    velora_fx.apply(model, plan, (batch(rank),))
     mine = torch.cat([v.flatten() for region in regions_of(model) for v in region.projections.values()])
     both = [torch.empty_like(mine) for _ in range(2)]
     dist.all_gather(both, mine)
@@ -92,14 +93,15 @@ def test_ddp_averages_the_gradients_of_both_ranks() -> None:
 
 def measured_under_ddp(rank: int) -> None:
     model = without_dropout(stack())
-    velora_fx.optimize(model, 1, (batch(rank),), measure=True)
+    velora_fx.optimize(model, 1, (batch(rank),))
     wrapped = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters())
-    for number in range(3):
-        wrapped(batch(rank)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        assert (velora_fx.plan_of(wrapped).measured is None) == (number == 0)
+    for number in range(2):
+        with velora_fx.measure(wrapped) if number else contextlib.nullcontext():
+            wrapped(batch(rank)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert velora_fx.plan_of(wrapped).measured is not None
 
 
 def factored_and_joined() -> tuple[nn.Module, nn.Module]:
@@ -107,7 +109,7 @@ def factored_and_joined() -> tuple[nn.Module, nn.Module]:
     model = without_dropout(stack()).double()
     plan = tightest(model, (batch(0).double(),), gradients="factored")
     made = [
-        velora_fx.optimize(copy.deepcopy(model), plan=each, example_inputs=(batch(0).double(),))
+        velora_fx.apply(copy.deepcopy(model), each, (batch(0).double(),))
         for each in (plan, replace(plan, gradients="dense"))
     ]
     return made[0], made[1]

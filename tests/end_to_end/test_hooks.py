@@ -44,7 +44,7 @@ def ids() -> dict[str, Any]:
 
 def planned(**options: Any) -> LlamaForCausalLM:
     model = llama()
-    velora_fx.optimize(model, plan=tightest(model, ids(), **options), example_inputs=ids())
+    velora_fx.apply(model, tightest(model, ids(), **options), ids())
     return model
 
 
@@ -100,14 +100,14 @@ def test_idle_hooks_that_are_there_before_planning_do_not_matter() -> None:
     model = llama()
     with torch.no_grad():
         model(**ids(), output_attentions=True)
-    velora_fx.optimize(model, plan=tightest(model, ids()), example_inputs=ids())
+    velora_fx.apply(model, tightest(model, ids()), ids())
     assert {region.name for region in regions_of(model)} >= {"model.layers.0", "model.layers.1"}
 
 
 @pytest.mark.slow
 def test_compiled_as_a_whole_idle_hooks_do_not_matter() -> None:
     torch._dynamo.reset()
-    model = planned(target="inductor")
+    model = planned(compiled=True)
     eager = copy.deepcopy(model)
     with torch.no_grad():
         model(**ids(), output_hidden_states=True)

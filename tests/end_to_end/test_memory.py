@@ -92,7 +92,7 @@ def test_the_predicted_peak_is_the_allocators_and_within_the_budget(
     budget = smallest + share * (baseline - smallest)
     torch.manual_seed(0)
     model = make().train()
-    velora_fx.optimize(model, (budget + 1) / 2**30, batch_of(model))
+    velora_fx.optimize(model, (budget + 1) / 2**30, batch_of(model), method="compress")
     plan = velora_fx.plan_of(model)
     measured = measured_peak(model, batch_of(model))
     assert bool(plan.compressed) == (share < 1)
@@ -110,7 +110,7 @@ def test_gradients_that_are_accumulated_are_there_from_the_start(
     model = make().train()
     alone = tight.planned.peak_bytes + share * (tight.baseline.peak_bytes - tight.planned.peak_bytes)
     held = tensor_bytes(model.parameters())
-    velora_fx.optimize(model, (alone + held + 1) / 2**30, batch_of(model), gradient_accumulation=2)
+    velora_fx.optimize(model, (alone + held + 1) / 2**30, batch_of(model), gradient_accumulation=2, method="compress")
     plan = velora_fx.plan_of(model)
     measured = measured_peak(model, batch_of(model), accumulates=True)
     assert plan.planned.breakdown["gradients"] == held
@@ -126,7 +126,7 @@ def test_autocasts_copies_of_activations_and_weights_are_counted() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         tight = tightest(model, batch, optimizer="adamw")
         budget = (tight.planned.peak_bytes + tight.baseline.peak_bytes) / 2
-        velora_fx.optimize(model, budget / 2**30, batch)
+        velora_fx.optimize(model, budget / 2**30, batch, method="compress")
     plan = velora_fx.plan_of(model)
     measured = measured_peak(model, batch, autocast=True)
     assert plan.compressed

@@ -77,7 +77,7 @@ def scalar(output: Tensor) -> Tensor:
 def test_the_parts_that_are_called_are_compressed(kind: str) -> None:
     reference, model = Nested(kind).train(), Nested(kind).train()
     plan = tightest(model, (X,))
-    velora_fx.optimize(model, plan=plan, example_inputs=(X,))
+    velora_fx.apply(model, plan, (X,))
     weights = compressed_weights(model)
     assert {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear)} == set(weights)
     with rebuilt_inputs(reference, weights):
@@ -95,7 +95,7 @@ def test_a_weight_of_a_module_that_is_not_called_is_listed() -> None:
 def test_equal_parts_are_treated_alike(kind: str) -> None:
     tight, loose = tightest(Nested(kind), (X,)), velora_fx.plan(Nested(kind), None, (X,), optimizer="none")
     budget = (tight.planned.peak_bytes + loose.planned.peak_bytes) / 2 / 2**30
-    plan = velora_fx.plan(Nested(kind), budget, (X,), optimizer="none")
+    plan = velora_fx.plan(Nested(kind), budget, (X,), optimizer="none", method="compress")
     assert 0 < len(plan.compressed) < len(tight.compressed)
     regions = {decision.region for decision in plan.decisions}
     assert len(regions) == 7  # three of each part, and the head
@@ -104,17 +104,17 @@ def test_equal_parts_are_treated_alike(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["ModuleList", "Sequential", "Never"])
 def test_parts_are_recomputed_as_blocks_are(kind: str) -> None:
     with pytest.raises(velora_fx.BudgetError) as raised:
-        velora_fx.plan(Nested(kind), 1e-9, (X,), optimizer="none", exact_only=True)
+        velora_fx.plan(Nested(kind), 1e-9, (X,), optimizer="none", method="exact")
     assert {item.region.split(".")[1] for item in raised.value.plan.recomputed} == {"0", "1", "2"}
     reference, model = Nested(kind).train(), Nested(kind).train()
-    velora_fx.optimize(model, plan=raised.value.plan, example_inputs=(X,))
+    velora_fx.apply(model, raised.value.plan, (X,))
     assert torch.equal(step(model, {"x": X}, scalar), step(reference, {"x": X}, scalar))
     assert_same_gradients(model, reference)
 
 
 @pytest.mark.parametrize("kind", ["ModuleList", pytest.param("Never", marks=pytest.mark.slow)])
 def test_compiled_plans_compress_the_parts_too(kind: str) -> None:
-    plan = tightest(Nested(kind), (X,), target="inductor")
+    plan = tightest(Nested(kind), (X,), compiled=True)
     names = {name for decision in plan.compressed for name in decision.consumers}
     linears = {name for name, module in Nested(kind).named_modules() if isinstance(module, nn.Linear)}
     kept = {skipped.module for skipped in plan.skipped}

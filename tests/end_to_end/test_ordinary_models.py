@@ -59,7 +59,7 @@ def bloom() -> nn.Module:
 def test_blocks_with_an_autograd_function_are_predicted(target):
     """The GELU of Bloom has a backward of its own: no graph stands for it in training."""
     model, batch = bloom().train(), text()
-    predicted = predict(model, batch, target=target, loss_fn=loss_of)
+    predicted = predict(model, batch, compiled=target == "inductor", loss_fn=loss_of)
     measured = measured_peak(model, batch, target, loss_of)
     assert predicted.untouched_bytes == pytest.approx(measured, rel=1e-4)
     measured = measured_peak(predicted.compressed, batch, target, loss_of)
@@ -116,7 +116,7 @@ def test_lora_on_a_quantised_base_trains_as_untouched_but_for_compressed_weights
     model, batch = quantised("4 bits"), text()
     reference = copy.deepcopy(model)
     plan = tightest(model, batch)
-    velora_fx.optimize(model, plan=plan, example_inputs=batch)
+    velora_fx.apply(model, plan, batch)
     approximate = set(compressed_weights(model))
     assert any("lora_A" in name for name in approximate)
     assert any("is it quantised?" in note for note in plan.notes)
@@ -126,5 +126,5 @@ def test_lora_on_a_quantised_base_trains_as_untouched_but_for_compressed_weights
 
 
 def test_a_quantised_base_is_refused_for_a_compiled_step_with_what_to_do():
-    with pytest.raises(ValueError, match=r"MatMul4Bit, an autograd.Function around .*use target='eager'"):
-        velora_fx.plan(quantised("4 bits"), None, text(), target="inductor")
+    with pytest.raises(ValueError, match=r"MatMul4Bit, an autograd.Function around .*use compiled=False"):
+        velora_fx.plan(quantised("4 bits"), None, text(), compiled=True)

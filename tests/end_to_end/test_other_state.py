@@ -25,7 +25,7 @@ def test_a_plan_made_without_autocast_is_refused_under_it_with_the_reason() -> N
     plan = tightest(model, batch)
     other = r"an input of \S*q_proj, one of \S*k_proj, one of \S*v_proj, and autocast is on: .* plan under the autocast"
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=other):
-        velora_fx.optimize(model, plan=plan, example_inputs=batch)
+        velora_fx.apply(model, plan, batch)
     assert is_untouched(model)
 
 
@@ -33,28 +33,21 @@ def test_a_plan_made_under_autocast_is_refused_without_it_with_the_reason() -> N
     model, batch = llama().train(), batch_of(llama())
     with torch.autocast("cpu", torch.bfloat16):
         plan = tightest(model, batch)
-    with pytest.raises(ValueError, match=r"q_proj and \S*k_proj and \S*v_proj, and autocast is off"):
-        velora_fx.optimize(model, plan=plan, example_inputs=batch)
+    with pytest.raises(ValueError, match=r"autocast is off, and was bfloat16"):
+        velora_fx.apply(model, plan, batch)
     assert is_untouched(model)
 
 
 @pytest.mark.parametrize(
     "lazy", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["at once", "at the first forward"]
 )
-def test_a_compiled_plan_is_analysed_for_compiled_steps(lazy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_plan_is_applied_for_compiled_steps(lazy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        plan, model = tightest(stack(), (rows(),), target="inductor"), stack()
-        velora_fx.optimize(model, plan=plan, example_inputs=None if lazy else (rows(),))
+        plan, model = tightest(stack(), (rows(),), compiled=True), stack()
+        velora_fx.apply(model, plan, None if lazy else (rows(),))
         model(rows())
-    assert velora_fx.plan_of(model).target == "inductor"
+    assert velora_fx.plan_of(model).compiled
     assert len(compressed_weights(model)) == len({name for d in plan.compressed for name in d.consumers})
-
-
-def test_another_target_than_the_plans_is_refused() -> None:
-    plan, model = tightest(stack(), (rows(),)), stack()
-    with pytest.raises(ValueError, match=r"the plan is for target='eager', got target='inductor': leave it out"):
-        velora_fx.optimize(model, plan=plan, target="inductor", example_inputs=(rows(),))
-    assert is_untouched(model)
 
 
 @pytest.fixture
@@ -84,8 +77,8 @@ def test_a_model_that_is_wrapped_already_is_refused(group: None, wrap: Any, grad
     for call in (
         lambda: velora_fx.plan(model, 1, (rows(),), gradients=gradients),
         lambda: velora_fx.optimize(model, 1, (rows(),), gradients=gradients),
-        lambda: velora_fx.optimize(model, plan=plan, example_inputs=(rows(),)),
-        lambda: velora_fx.optimize(model, plan=replace(plan, gradients="dense")),
+        lambda: velora_fx.apply(model, plan, (rows(),)),
+        lambda: velora_fx.apply(model, replace(plan, gradients="dense")),
     ):
         with pytest.raises(ValueError, match=WRAPPED):
             call()
@@ -105,6 +98,6 @@ def test_a_model_that_is_sharded_before_its_first_forward_is_refused_there(group
 
 def test_a_model_under_ddp_is_planned_at_its_first_forward(group: None) -> None:
     plan = tightest(stack(), (rows(),))
-    model = DistributedDataParallel(velora_fx.optimize(stack(), plan=plan))
+    model = DistributedDataParallel(velora_fx.apply(stack(), plan))
     model(rows()).backward()
     assert velora_fx.plan_of(model).compressed == plan.compressed

@@ -30,7 +30,7 @@ def first_half(path: Path) -> None:
     torch.set_num_threads(1)
     model = stack()
     plan = tightest(model, (rows(),), gradients="factored", seed=5)
-    velora_fx.optimize(model, plan=plan, example_inputs=(rows(),))
+    velora_fx.apply(model, plan, (rows(),))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     steps(model, optimizer, 0, HALF)
     states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "velora": velora_fx.state_dict(model)}
@@ -53,7 +53,7 @@ def whole() -> dict[str, torch.Tensor]:
     torch.set_num_threads(1)
     model = stack()
     plan = tightest(model, (rows(),), gradients="factored", seed=5)
-    velora_fx.optimize(model, plan=plan, example_inputs=(rows(),))
+    velora_fx.apply(model, plan, (rows(),))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     steps(model, optimizer, 0, 2 * HALF)
     return model.state_dict()
@@ -72,7 +72,7 @@ def test_ten_steps_and_ten_in_a_new_process_are_twenty_to_the_bit(tmp_path: Path
 
 def test_a_factored_plan_is_not_loaded_without_example_inputs() -> None:
     model = stack()
-    velora_fx.optimize(model, plan=tightest(model, (rows(),), gradients="factored"), example_inputs=(rows(),))
+    velora_fx.apply(model, tightest(model, (rows(),), gradients="factored"), (rows(),))
     state, other = velora_fx.state_dict(model), stack()
     with pytest.raises(ValueError, match="factored gradients need example_inputs"):
         velora_fx.load_state_dict(other, state)

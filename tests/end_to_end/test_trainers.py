@@ -74,7 +74,7 @@ def tightest_of(order: str, folder: Path, *args: Any, **options: Any) -> velora_
 @pytest.mark.parametrize("order", ["before the trainer", "after the trainer"])
 def test_a_model_is_planned_for_what_the_trainer_has_it_run(tmp_path: Path, order: str, mixed: bool) -> None:
     plan, expected = tightest_of(order, tmp_path, bf16=mixed), losses(trainer(llama(), tmp_path, bf16=mixed))
-    trained = optimized(order, tmp_path, bf16=mixed, optimize=lambda model: velora_fx.optimize(model, plan=plan))
+    trained = optimized(order, tmp_path, bf16=mixed, optimize=lambda model: velora_fx.apply(model, plan))
     found = losses(trained)
     assert found[0] == expected[0] != found[-1]
     assert velora_fx.plan_of(trained.model).compressed == plan.compressed
@@ -85,7 +85,7 @@ def test_a_model_is_planned_for_what_the_trainer_has_it_run(tmp_path: Path, orde
 def test_adapters_that_the_trainer_adds_are_planned_for(tmp_path: Path, order: str) -> None:
     adapters = LoraConfig(r=8, target_modules=LINEARS, task_type="CAUSAL_LM")
     plan, expected = tightest_of(order, tmp_path, adapters), losses(trainer(llama(), tmp_path, adapters))
-    trained = optimized(order, tmp_path, adapters, optimize=lambda model: velora_fx.optimize(model, plan=plan))
+    trained = optimized(order, tmp_path, adapters, optimize=lambda model: velora_fx.apply(model, plan))
     found = losses(trained)
     assert found[0] == expected[0] != found[-1]
     assert velora_fx.plan_of(trained.model).compressed

@@ -69,10 +69,10 @@ def test_a_mask_that_only_a_fake_run_builds(target: str) -> None:
     case = next(case for case in zoo.ZOO if case.name == "llama")
     model, batch = case.build(), case.batch(8, 32)
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])  # an eager step drops a mask that masks nothing
-    predicted = predict(model, batch, target=target, loss_fn=zoo.loss_of)
+    predicted = predict(model, batch, compiled=target == "inductor", loss_fn=zoo.loss_of)
     assert_near(predicted.untouched_bytes, measured_peak(model, batch, target, zoo.loss_of), target)
     del batch["attention_mask"]
-    bare = predict(model, batch, target=target, loss_fn=zoo.loss_of).untouched_bytes
+    bare = predict(model, batch, compiled=target == "inductor", loss_fn=zoo.loss_of).untouched_bytes
     assert (predicted.untouched_bytes > 1.02 * bare) == (target == "inductor")
 
 
@@ -114,7 +114,7 @@ def test_tensors_that_are_both_returned_and_saved_count_once(target: str) -> Non
 @pytest.mark.slow
 def test_frozen_layers_have_no_gradients_and_save_nothing_for_their_weights(target: str) -> None:
     model = without_dropout(stack(num_blocks=3))
-    all_trained = predict(model, batch_of(), target=target).untouched_bytes
+    all_trained = predict(model, batch_of(), compiled=target == "inductor").untouched_bytes
     for parameter in model.blocks[:2].parameters():
         parameter.requires_grad_(False)
     predicted = assert_predicted(model, batch_of(), target)
@@ -193,7 +193,7 @@ class Twice(nn.Module):
 @pytest.mark.slow
 def test_two_forwards_before_one_backward_are_planned_through_a_module_that_makes_both(target: str) -> None:
     model = Twice(without_dropout(stack(num_blocks=2))).train()
-    once = predict(model.model, batch_of(), target=target).analysis.baseline.breakdown["activations"]
+    once = predict(model.model, batch_of(), compiled=target == "inductor").analysis.baseline.breakdown["activations"]
     predicted = assert_predicted(model, batch_of(), target)
     assert predicted.analysis.baseline.breakdown["activations"] > 1.7 * once
     assert_only_compressed_gradients_differ(predicted, model, batch_of(), target)
@@ -204,7 +204,7 @@ def test_gradients_that_are_accumulated_meet_those_of_the_batch(target: str) -> 
     model = without_dropout(Stack(3, width=128)).train()
     batch = {"x": rows(2, 8, 128)}
     predicted = assert_predicted(model, batch, target, gradient_accumulation=2)
-    once = predict(model, batch, target=target).untouched_bytes
+    once = predict(model, batch, compiled=target == "inductor").untouched_bytes
     held = tensor_bytes(model.parameters())
     # A compiled model returns all new gradients at once, while those of the batches before are there.
     assert predicted.untouched_bytes > once + 0.8 * held if target == "inductor" else predicted.untouched_bytes >= once
@@ -216,7 +216,7 @@ def test_logits_that_the_loss_takes_in_a_higher_precision(target: str) -> None:
         low, high = low.bfloat16(), high.bfloat16()
     predicted = assert_predicted(high, ids(), target)
     if target == "eager":  # compiled, the upcast is a part of the loss
-        assert predicted.untouched_bytes > predict(low, ids(), target=target).untouched_bytes
+        assert predicted.untouched_bytes > predict(low, ids(), compiled=target == "inductor").untouched_bytes
 
 
 class Checkpointing(Stack):
@@ -231,12 +231,15 @@ class Checkpointing(Stack):
 def test_inside_checkpointed_blocks_nothing_is_compressed(target: str) -> None:
     torch.manual_seed(0)
     model = without_dropout(Checkpointing(3)).train()
-    predicted = predict(model, batch_of(), target=target)
+    predicted = predict(model, batch_of(), compiled=target == "inductor")
     assert not [c for c in predicted.analysis.candidates if c.region.startswith("blocks")]
     reasons = {skipped.module: skipped.reason for skipped in predicted.analysis.skipped}
     assert "recomputed in backward" in reasons["blocks.0.down"]
     assert_near(predicted.untouched_bytes, measured_peak(model, batch_of(), target), target)
-    assert predicted.untouched_bytes < predict(without_dropout(stack()), batch_of(), target=target).untouched_bytes
+    assert (
+        predicted.untouched_bytes
+        < predict(without_dropout(stack()), batch_of(), compiled=target == "inductor").untouched_bytes
+    )
 
 
 @pytest.mark.slow
@@ -248,7 +251,7 @@ def test_inside_hugging_face_blocks_under_gradient_checkpointing_nothing_is_comp
     model.config.use_cache = False  # else Dynamo stops at the warning that it is set so
     tokens = torch.randint(4, 64, (8, 64))
     batch = {"input_ids": tokens, "labels": tokens}
-    predicted = predict(model, batch, target=target, loss_fn=zoo.loss_of)
+    predicted = predict(model, batch, compiled=target == "inductor", loss_fn=zoo.loss_of)
     assert not [c for c in predicted.analysis.candidates if c.region.startswith("model.layers")]
     reasons = {skipped.module: skipped.reason for skipped in predicted.analysis.skipped}
     assert "recomputed" in reasons["model.layers.0.mlp.up_proj"]

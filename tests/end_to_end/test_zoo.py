@@ -55,7 +55,7 @@ def plan(case: Case, untouched: nn.Module) -> velora_fx.Plan:
 def optimized(case: Case, untouched: nn.Module, plan: velora_fx.Plan) -> nn.Module:
     model = copy.deepcopy(untouched)
     batch = case.batch(*case.shapes[0])
-    return velora_fx.optimize(model, plan=plan, example_inputs=batch, loss_fn=loss_of)
+    return velora_fx.apply(model, plan, batch)
 
 
 def test_outputs_are_bit_equal_at_the_captured_and_at_another_shape(

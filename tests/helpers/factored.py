@@ -54,10 +54,9 @@ def pair(name: str, target: str = "eager") -> Pair:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     loss = (lambda loss: loss) if name == "stack" else loss_of
-    plan = tightest(model, batch(0), gradients="factored", target=target, loss_fn=loss)
+    plan = tightest(model, batch(0), gradients="factored", compiled=target == "inductor", loss_fn=loss)
     factored, dense = (
-        velora_fx.optimize(copy.deepcopy(model), plan=made, example_inputs=batch(0), loss_fn=loss)
-        for made in (plan, replace(plan, gradients="dense"))
+        velora_fx.apply(copy.deepcopy(model), made, batch(0)) for made in (plan, replace(plan, gradients="dense"))
     )
     return Pair(factored, dense, batch)
 

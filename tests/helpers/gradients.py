@@ -19,7 +19,7 @@ def tightest(model: nn.Module, example_inputs: Any, **options: Any) -> velora_fx
     """The plan that compresses everything that can be compressed, as a budget nobody can meet tells it; of a step
     without an optimizer, which is planned more quickly, unless one is named."""
     try:
-        velora_fx.plan(model, 1e-9, example_inputs, **{"optimizer": "none", **options})
+        velora_fx.plan(model, 1e-9, example_inputs, **{"optimizer": "none", "method": "compress", **options})
     except velora_fx.BudgetError as error:
         return error.plan
     raise AssertionError("a budget of one byte was met")

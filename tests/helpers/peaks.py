@@ -49,7 +49,7 @@ class Prediction:
 def predict(model: nn.Module, batch: Mapping[str, Any], **options: Any) -> Prediction:
     """Plans for one step of SGD; the model is left as it is."""
     wanted = Options(optimizer="sgd", **options)
-    analysis = analyse(model, (), dict(batch), wanted, planning_device(model, wanted), lambda text: None)
+    analysis = analyse(model, (), dict(batch), wanted, planning_device(model), lambda text: None)
     actions, peak = Search(analysis, compresses=True, recomputes=False).tightest
     compressed = copy.deepcopy(model)
     install(compressed, analysis.region_plans(actions.sizes), seed=0)
@@ -102,7 +102,7 @@ def assert_predicted(
     """Predicted is measured, untouched and compressed, and compressed is less; numbers stay what they are."""
     how = {"autocast": options.pop("autocast", False), "accumulates": options.get("gradient_accumulation", 1) > 1}
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how["autocast"]):
-        predicted = predict(model, batch, target=target, loss_fn=loss_of, **options)
+        predicted = predict(model, batch, compiled=target == "inductor", loss_fn=loss_of, **options)
     assert_near(predicted.untouched_bytes, measured_peak(model, batch, target, loss_of, **how), target)
     assert_near(predicted.compressed_bytes, measured_peak(predicted.compressed, batch, target, loss_of, **how), target)
     return predicted

@@ -88,4 +88,4 @@ def rows(batch_size: int = 4, length: int = 8, width: int = 32) -> Tensor:
 def compressed(model: nn.Module, *args: Tensor, **options: Any) -> nn.Module:
     """The model with everything compressed that can be."""
     plan = tightest(model, args, **options)
-    return velora_fx.optimize(model, plan=plan, example_inputs=args, **options)
+    return velora_fx.apply(model, plan, args)

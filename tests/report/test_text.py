@@ -33,7 +33,7 @@ def decision(region: str, *consumers: str, size: int | None = None, width: int =
 def plan(*decisions: Decision, skipped: tuple[Skipped, ...] = (), **fields: Any) -> Plan:
     made = Plan(
         model="net",
-        target="eager",
+        compiled=False,
         device="cpu",
         optimizer="sgd",
         budget_bytes=3 * GIB,

@@ -199,6 +199,12 @@ def test_a_size_that_depends_on_values_is_left_alone_while_it_is_traced() -> Non
         assert said(run, torch.ones(5, 4), torch.ones(3, 4)) == []
 
 
+def test_a_batch_of_as_many_entries_in_longer_texts_is_warned_of() -> None:
+    model = velora_fx.optimize(stack(), 4, (rows(4, 8),))
+    assert said(model, rows(8, 4), rows(2, 8)) == []
+    assert len(said(model, rows(2, 16))) == 1
+
+
 def test_the_watch_costs_no_state_and_no_forward() -> None:
     model, reference = velora_fx.optimize(stack(), 4, (rows(),)), stack()
     assert list(model.state_dict()) == list(reference.state_dict())

@@ -57,10 +57,10 @@ def test_a_second_optimize_plans_for_the_weights_and_gives_new_carriers():
     first = carriers(model)
     plan = tightest(model, pair("stack").batch(0), gradients="factored", sub_token_sizes=(4,))
     assert len(plan.compressed) == len(velora_fx.plan_of(model).compressed)
-    velora_fx.optimize(model, plan=plan, example_inputs=pair("stack").batch(0))
+    velora_fx.apply(model, plan, pair("stack").batch(0))
     assert carriers(model).keys() == first.keys()
     assert all(carrier.numel() > first[name].numel() for name, carrier in carriers(model).items())
-    velora_fx.optimize(model, plan=replace(plan, gradients="dense"), example_inputs=pair("stack").batch(0))
+    velora_fx.apply(model, replace(plan, gradients="dense"), pair("stack").batch(0))
     assert not carriers(model) and all(p.requires_grad for p in model.parameters())
 
 
@@ -74,7 +74,7 @@ def test_a_failed_optimize_leaves_the_carriers_and_their_optimizer_as_they_were(
     bad = replace(velora_fx.plan_of(model), seed=1)
     model.blocks[1].up.register_buffer("weight_carrier_2", torch.zeros(1))
     with pytest.raises(RuntimeError), _broken_install():
-        velora_fx.optimize(model, plan=bad, example_inputs=pair("stack").batch(0))
+        velora_fx.apply(model, bad, pair("stack").batch(0))
     assert all(carrier is before[name] for name, carrier in carriers(model).items())
     model(**pair("stack").batch(0)).backward()
     optimizer.step()
@@ -96,7 +96,7 @@ def test_a_name_that_is_taken_is_refused_and_the_model_left_alone():
     model.blocks[1].up.weight_carrier = "mine"
     plan = tightest(stack(), (rows(),), gradients="factored")
     with pytest.raises(ValueError, match=r"Linear .*blocks.1.up|has an attribute weight_carrier"):
-        velora_fx.optimize(model, plan=plan, example_inputs=(rows(),))
+        velora_fx.apply(model, plan, (rows(),))
     assert not carriers(model) and all(p.requires_grad for p in model.parameters())
     assert model.blocks[1].up.weight_carrier == "mine"
 

@@ -21,16 +21,14 @@ from velora_fx.runtime import Checkpointed, install_checkpointing
 def ends(model: nn.Module, batch: Any, **options: Any) -> tuple[int, int]:
     """The smallest exactly reachable and the untouched peak."""
     with pytest.raises(velora_fx.BudgetError) as raised:
-        velora_fx.plan(model, 1e-9, batch, exact_only=True, **options)
+        velora_fx.plan(model, 1e-9, batch, method="exact", **options)
     return raised.value.smallest_peak_bytes, raised.value.plan.baseline.peak_bytes
 
 
 def exactly(model: nn.Module, batch: Any, share: float, **options: Any) -> velora_fx.Plan:
     """Optimises the model exactly, the budget so far from the smallest reachable to the untouched peak."""
     smallest, untouched = ends(model, batch, **options)
-    velora_fx.optimize(
-        model, (smallest + share * (untouched - smallest) + 1) / 2**30, batch, exact_only=True, **options
-    )
+    velora_fx.optimize(model, (smallest + share * (untouched - smallest) + 1) / 2**30, batch, method="exact", **options)
     return velora_fx.plan_of(model)
 
 
@@ -107,15 +105,13 @@ def test_a_plan_that_recomputes_can_be_saved_and_applied_to_another_model() -> N
     x = (rows(64, 64, 64),)
     plan = exactly(stack(width=64), x, 0.5, optimizer="sgd")
     model = stack(width=64)
-    velora_fx.optimize(model, plan=velora_fx.Plan.from_json(plan.to_json()), example_inputs=x)
+    velora_fx.apply(model, velora_fx.Plan.from_json(plan.to_json()), x)
     assert [name for name, module in model.named_modules() if "forward" in vars(module)] == [
         block.region for block in plan.recomputed
     ]
     other = stack(num_blocks=1, width=64)
     with pytest.raises(ValueError, match=r"recomputes blocks\.1, which is no block of this model"):
-        velora_fx.optimize(
-            other, plan=velora_fx.Plan.from_json(plan.to_json().replace("blocks.0", "blocks.1")), example_inputs=x
-        )
+        velora_fx.apply(other, velora_fx.Plan.from_json(plan.to_json().replace("blocks.0", "blocks.1")), x)
 
 
 class Counting(Block):
@@ -134,7 +130,7 @@ def test_a_block_that_changes_its_buffers_is_never_run_twice() -> None:
     model = stack(width=64)
     model.blocks[1] = Counting()
     with pytest.raises(velora_fx.BudgetError) as raised:
-        velora_fx.plan(model, 1e-9, (rows(64, 64, 64),), exact_only=True, optimizer="sgd")
+        velora_fx.plan(model, 1e-9, (rows(64, 64, 64),), method="exact", optimizer="sgd")
     assert [block.region for block in raised.value.plan.recomputed] == ["blocks.0", "blocks.2"]
 
 
@@ -146,7 +142,7 @@ def test_a_model_without_blocks_that_fits_no_budget_exactly_says_so() -> None:
     model = Drawing()
     model.blocks = nn.ModuleList()
     with pytest.raises(velora_fx.BudgetError, match="no plan fits"):
-        velora_fx.plan(model, 1e-9, (rows(),), exact_only=True)
+        velora_fx.plan(model, 1e-9, (rows(),), method="exact")
 
 
 @pytest.mark.slow
@@ -157,7 +153,7 @@ def test_both_compression_and_recompute_fit_the_budget(share: float) -> None:
     batch = batch_of(model)
     smallest, untouched = ends(model, batch)
     budget = smallest + share * (untouched - smallest) + 1
-    velora_fx.optimize(model, budget / 2**30, batch, recompute=True)
+    velora_fx.optimize(model, budget / 2**30, batch, method="auto")
     plan = velora_fx.plan_of(model)
     measured = measured_peak(model, batch)
     assert plan.recomputed
@@ -176,7 +172,7 @@ def test_a_plan_that_compresses_says_what_exact_recompute_would_do() -> None:
     tight = raised.value.plan
     budget = (tight.planned.peak_bytes + tight.baseline.peak_bytes) / 2
     plan = velora_fx.plan(model, budget / 2**30, batch)
-    exact = velora_fx.plan(model, budget / 2**30, batch, exact_only=True)
+    exact = velora_fx.plan(model, budget / 2**30, batch, method="exact")
     assert plan.compressed and plan.exact is not None
     assert plan.exact.fits and plan.exact.peak_bytes == exact.planned.peak_bytes
     assert plan.exact.step_seconds == pytest.approx(exact.planned.step_seconds)

@@ -136,7 +136,7 @@ def test_without_example_inputs_factored_gradients_are_refused(options: dict[str
 def test_a_plan_for_dense_gradients_is_not_applied_as_factored() -> None:
     plan = velora_fx.plan_of(pair("stack").dense)
     with pytest.raises(ValueError, match="the plan is for dense gradients"):
-        velora_fx.optimize(stack().double(), plan=plan, example_inputs=(rows().double(),), gradients="factored")
+        velora_fx.apply(stack().double(), plan, (rows().double(),))
 
 
 @pytest.mark.slow
@@ -144,12 +144,12 @@ def test_recomputed_blocks_keep_dense_gradients() -> None:
     case = next(case for case in ZOO if case.name == "llama")
     model, batch = case.build(), case.batch(32, 48)
     with pytest.raises(velora_fx.BudgetError) as caught:
-        velora_fx.plan(model, 1e-9, batch, gradients="factored", recompute=True)
+        velora_fx.plan(model, 1e-9, batch, gradients="factored", method="auto")
     smallest, untouched = caught.value.plan.planned.peak_bytes, caught.value.plan.baseline.peak_bytes
     budget_gb = (smallest + 0.05 * (untouched - smallest)) / 2**30
-    plan = velora_fx.plan(model, budget_gb, batch, gradients="factored", recompute=True)
+    plan = velora_fx.plan(model, budget_gb, batch, gradients="factored", method="auto")
     assert plan.recomputed and plan.compressed
-    velora_fx.optimize(model, plan=plan, example_inputs=batch)
+    velora_fx.apply(model, plan, batch)
     assert carriers(model)
     assert not any(name.startswith(f"{item.region}.") for name in carriers(model) for item in plan.recomputed)
     one_step(model, **batch)

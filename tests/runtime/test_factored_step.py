@@ -26,7 +26,7 @@ def test_an_optimizer_made_before_is_refused_at_its_first_step_with_the_line_to_
     both = pair("stack")
     model = velora_fx.restore(copy.deepcopy(both.factored))
     optimizer = torch.optim.AdamW(model.parameters())
-    velora_fx.optimize(model, plan=velora_fx.plan_of(both.factored), example_inputs=both.batch(0))
+    velora_fx.apply(model, velora_fx.plan_of(both.factored), both.batch(0))
     model(**both.batch(0)).backward()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(RuntimeError, match=r"AdamW holds .*up.weight but not .*up.weight_carrier.*after velora_fx.opt"):

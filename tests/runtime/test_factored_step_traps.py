@@ -122,7 +122,7 @@ def test_an_optimizer_of_carriers_that_are_gone_is_refused(again):
 
 def reoptimize(model: nn.Module) -> None:
     plan = tightest(model, pair("stack").batch(0), gradients="factored", sub_token_sizes=(4,))
-    velora_fx.optimize(model, plan=plan, example_inputs=pair("stack").batch(0))
+    velora_fx.apply(model, plan, pair("stack").batch(0))
 
 
 def test_after_to_empty_and_loading_the_weights_training_goes_on():
@@ -165,7 +165,7 @@ def test_gradients_of_training_before_are_dropped_with_the_weights_own():
     both = pair("stack")
     model = velora_fx.restore(copy.deepcopy(both.factored))
     loss_value(model(**both.batch(0))).backward()
-    velora_fx.optimize(model, plan=velora_fx.plan_of(both.factored), example_inputs=both.batch(0))
+    velora_fx.apply(model, velora_fx.plan_of(both.factored), both.batch(0))
     assert all(model.get_parameter(name.removesuffix("_carrier")).grad is None for name in carriers(model))
 
 
@@ -207,7 +207,7 @@ def test_a_parameter_of_the_model_that_is_called_like_a_carrier_stays_its_own():
     for gradients in ("dense", "factored"):
         model = OfUsers()
         plan = tightest(model, (x,), gradients=gradients)
-        velora_fx.optimize(model, plan=plan, example_inputs=(x,))
+        velora_fx.apply(model, plan, (x,))
         model(x).backward()
         assert model.phase_carrier.grad is not None and "phase_carrier" in model.state_dict()
         velora_fx.restore(model)
@@ -221,7 +221,7 @@ def test_a_model_inside_of_ddp_is_refused_before_anything_changes():
     plan = tightest(OfUsers(), (torch.randn(8, 16),), gradients="factored")
     model.append(wrapped)
     with pytest.raises(ValueError, match="velora_fx comes before DDP, FSDP and DTensor, and 1 is wrapped already"):
-        velora_fx.optimize(model, plan=plan, example_inputs=(torch.randn(8, 16),))
+        velora_fx.apply(model, plan, (torch.randn(8, 16),))
     assert not carriers_of(model)
 
 

@@ -78,7 +78,7 @@ def test_a_check_is_made_in_training():
     """Overflow in one row: the untouched model clamps, and so does the optimised one, whose inputs are compressed."""
     model = Checked("not isfinite.all")
     optimised = copy.deepcopy(model)
-    velora_fx.optimize(optimised, plan=tightest(model, batch()), example_inputs=batch())
+    velora_fx.apply(optimised, tightest(model, batch()), batch())
     assert compressed_weights(optimised)
     fine = batch()
     overflowing = {"x": fine["x"].index_fill(0, torch.tensor([0]), 3e38)}
@@ -99,7 +99,7 @@ def test_a_block_with_a_check_is_taken_apart_and_its_graph_is_not_printed(capfd)
 
 @pytest.mark.parametrize("target", ["eager", "inductor"])
 def test_the_report_says_where_values_are_taken_to_be_finite(target):
-    plan = velora_fx.plan(Checked("isinf.any or isnan.any"), None, batch(), target=target)
+    plan = velora_fx.plan(Checked("isinf.any or isnan.any"), None, batch(), compiled=target == "inductor")
     (note,) = (note for note in plan.notes if "finite" in note)
     assert f"{__file__}:" in note and "torch.isnan(loss)" in note
     assert ("torch.compile" in note) == (target == "inductor")

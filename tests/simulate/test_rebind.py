@@ -101,7 +101,7 @@ def test_blocks_whose_forward_is_replaced_are_compressed(way: Callable[[nn.Modul
             block.dropout.p = 0.0
             block.forward = way(block)
     plan = tightest(model, (rows(),))
-    velora_fx.optimize(model, plan=plan, example_inputs=(rows(),))
+    velora_fx.apply(model, plan, (rows(),))
     assert {f"blocks.{number}.up.weight" for number in range(3)} <= set(compressed_weights(model))
     assert torch.equal(model(rows()), reference(rows()))
 
@@ -112,7 +112,7 @@ def test_a_function_that_holds_a_parameter_itself_is_left_as_it_is_and_the_plan_
         for block in made.blocks:
             block.forward = with_a_parameter(block)
     plan = tightest(model, (rows(),))
-    velora_fx.optimize(model, plan=plan, example_inputs=(rows(),))
+    velora_fx.apply(model, plan, (rows(),))
     assert any("takes a parameter from elsewhere" in note for note in plan.notes)
     loss, expected = model(rows()), reference(rows())
     loss.backward()
@@ -152,7 +152,7 @@ def replacing(model: nn.Module) -> Any:
 
 def test_a_model_whose_forward_is_replaced_before_its_first_step_is_planned_in_that_step() -> None:
     plan, model = tightest(stack(), (rows(),)), stack()
-    velora_fx.optimize(model, plan=plan)
+    velora_fx.apply(model, plan)
     model.forward = replacing(model)
     model(rows()).backward()
     assert velora_fx.plan_of(model).compressed == plan.compressed
@@ -163,7 +163,7 @@ def test_a_model_whose_forward_is_replaced_before_its_first_step_is_planned_in_t
 
 def test_a_replaced_forward_that_is_called_without_hooks_is_planned_at_its_second_step() -> None:
     plan, model = tightest(stack(), (rows(),)), stack()
-    velora_fx.optimize(model, plan=plan)
+    velora_fx.apply(model, plan)
     model.forward = replacing(model)
     outer = Bypassing(model)
     for _ in range(2):

@@ -194,7 +194,7 @@ def test_graphs_of_blocks_are_of_their_block() -> None:
 
 
 def test_compiled_graphs_are_of_their_block_or_with_what_surrounds_them_of_the_model() -> None:
-    timeline = velora_fx.plan(stack(num_blocks=14), 1, (rows(),), target="inductor").planned.timeline
+    timeline = velora_fx.plan(stack(num_blocks=14), 1, (rows(),), compiled=True).planned.timeline
     assert timeline is not None
     names = list(dict.fromkeys(place.name for place in timeline.places))
     inner = [f"blocks.{number}" for number in range(1, 13)]  # the ends are compiled with what surrounds them

@@ -75,17 +75,18 @@ def _measure(row: Row) -> Row:
 
 def prepare(model: nn.Module, batch: dict[str, Tensor], target: str, name: str) -> velora_fx.Plan:
     """Applies the plan that `name` (of PLANS) stands for, and returns it."""
+    compiled = target == "inductor"
     if name == "nothing":
-        return velora_fx.plan(model, None, batch, target=target)
+        return velora_fx.plan(model, None, batch, compiled=compiled)
     try:
-        return velora_fx.plan(model, 1 / GIB, batch, target=target)  # no plan meets one byte
+        return velora_fx.plan(model, 1 / GIB, batch, compiled=compiled, method="compress")  # no plan meets one byte
     except velora_fx.BudgetError as error:
         tightest = error.plan
     if name == "all":
-        velora_fx.optimize(model, plan=tightest, example_inputs=batch, target=target)
+        velora_fx.apply(model, tightest, batch)
     else:
         budget_bytes = (tightest.planned.peak_bytes + tightest.baseline.peak_bytes) / 2
-        velora_fx.optimize(model, budget_bytes / GIB, batch, target=target)
+        velora_fx.optimize(model, budget_bytes / GIB, batch, compiled=compiled, method="compress")
     return velora_fx.plan_of(model)
 
 

@@ -76,8 +76,7 @@ def _train(row: FullRow) -> FullRow:
     if row.way.factored:
         with _moment("planning"):
             example = dict.fromkeys(("input_ids", "labels"), texts[0].to(row.device))
-            target = "inductor" if row.way.compiled else "eager"
-            velora_fx.optimize(model, row.budget_gb, example, gradients="factored", target=target)
+            velora_fx.optimize(model, row.budget_gb, example, gradients="factored", compiled=row.way.compiled)
         plan = velora_fx.plan_of(model)
     step, optimizers = _step_of(model, row)
     losses: list[float] = []

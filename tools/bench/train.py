@@ -186,28 +186,31 @@ def prepare(
 
     `planned_on` is the device whose rates say what is faster compressed (default: the row's).
     """
-    target = "inductor" if row.way.compiled else "eager"
     if row.way.checkpointed:
         enable: Any = model.gradient_checkpointing_enable
         enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if row.way.compresses:
         sizes = sub_token_sizes(model, row.sub_token_size)
-        common: dict[str, Any] = {"sub_token_sizes": sizes, "target": target, "optimizer": optimizer}
+        common: dict[str, Any] = {"sub_token_sizes": sizes, "compiled": row.way.compiled, "optimizer": optimizer}
         if row.way.adapter:  # adapters' products are small: they are compressed for memory, all of them
             plan = _tightest(model, batch, {**common, "device": planned_on})
         else:
             plan = velora_fx.plan(
-                model, None, batch, objective="speed", max_approximation=math.log2(max(sizes)),
+                model, None, batch, objective="speed",
                 filter_fn=compressible(row.way.compresses), device=planned_on, **common,
             )  # fmt: skip
-        velora_fx.optimize(model, plan=plan, example_inputs=batch, **common)
+        velora_fx.apply(model, plan, batch)
         return velora_fx.plan_of(model)
-    return velora_fx.plan(model, None, batch, target=target, optimizer=optimizer) if row.way.is_planned else None
+    return (
+        velora_fx.plan(model, None, batch, compiled=row.way.compiled, optimizer=optimizer)
+        if row.way.is_planned
+        else None
+    )
 
 
 def _tightest(model: nn.Module, batch: dict[str, Tensor], options: dict[str, Any]) -> velora_fx.Plan:
     try:
-        return velora_fx.plan(model, 1e-9, batch, **options)  # no plan meets one byte
+        return velora_fx.plan(model, 1e-9, batch, method="compress", **options)  # no plan meets one byte
     except velora_fx.BudgetError as error:
         return error.plan
 

@@ -1,13 +1,14 @@
 """A step: what can be compressed or recomputed, and why the rest cannot."""
 
 from velora_fx.analyse.analyse import Actions, Analysis, Sizes, analyse
-from velora_fx.analyse.candidates import LARGEST_SUB_TOKEN, Candidate, common_width, weight_names
+from velora_fx.analyse.candidates import Candidate, weight_names
+from velora_fx.analyse.captured import captured
 from velora_fx.analyse.probe import Findings
 from velora_fx.analyse.recomputable import Block
+from velora_fx.analyse.region_plans import autocast_of, check_plan_fits, differences_of, region_plans
 from velora_fx.analyse.wrapped import check_unwrapped
 
 __all__ = [
-    "LARGEST_SUB_TOKEN",
     "Actions",
     "Analysis",
     "Block",
@@ -15,7 +16,11 @@ __all__ = [
     "Findings",
     "Sizes",
     "analyse",
+    "autocast_of",
+    "captured",
+    "check_plan_fits",
     "check_unwrapped",
-    "common_width",
+    "differences_of",
+    "region_plans",
     "weight_names",
 ]

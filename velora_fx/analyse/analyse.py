@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from velora_fx.analyse.compiler_saves import KeptTensors
 from velora_fx.analyse.factorable import not_factorable
 from velora_fx.analyse.probe import Findings, Use, probe
 from velora_fx.analyse.recomputable import Block, find_recomputable
-from velora_fx.analyse.region_plans import region_plans
+from velora_fx.analyse.region_plans import inputs_of, region_plans
 from velora_fx.analyse.steps import Rehearsal
 from velora_fx.analyse.wrapped import check_unwrapped
 from velora_fx.capture import (
@@ -21,8 +21,6 @@ from velora_fx.capture import (
     find_blocks,
     find_regions,
     has_trainable_matrix,
-    named_tensors,
-    parameter_names,
 )
 from velora_fx.devices import with_overhead
 from velora_fx.options import Options
@@ -92,7 +90,7 @@ class Analysis:
 
     def region_plans(self, sizes: Sizes) -> dict[str, RegionPlan]:
         """What to install for the given sub-token sizes."""
-        return region_plans(self.findings, self.compressible, sizes, self.is_factored)
+        return region_plans(self.findings, _by_consumers(self.compressible, sizes), self.is_factored)
 
     def peak(self, actions: Actions, **how: bool) -> Peak:
         """The simulated peak with the given actions, overhead included; `how` is as for `simulate`."""
@@ -155,7 +153,7 @@ def analyse(
         skipped=skipped + _without_products(rehearsal.fake_model(), findings, rehearsal.passed_by),
         baseline=with_overhead(untouched.peak, device),
         untouched=untouched,
-        inputs=_inputs(model, args, kwargs),
+        inputs=inputs_of(model, args, kwargs),
         device=device,
         notes=_notes(rehearsal, findings),
         num_block_calls=sum(findings.calls.get(name, 0) for name in find_blocks(model, rehearsal.passed_by)),
@@ -164,6 +162,11 @@ def analyse(
         simulate=_simulator(rehearsal, findings, (*candidates, *sharing), progress),
     )
     return replace(analysis, baseline=analysis.confirmed(Actions(), analysis.baseline))
+
+
+def _by_consumers(candidates: Iterable[Candidate], sizes: Sizes) -> list[tuple[tuple[str, ...], int]]:
+    """The linears of each candidate that is compressed, with its sub-token size."""
+    return [(candidate.consumers, sizes[candidate.key]) for candidate in candidates if candidate.key in sizes]
 
 
 def _simulator(
@@ -178,7 +181,7 @@ def _simulator(
         progress("planned step")
         by_blocks = rehearsal.is_compiled and (by_blocks or bool(actions.recomputed))
         fake = rehearsal.fake_model(by_blocks)
-        plans = region_plans(findings, candidates, actions.sizes, options.is_factored)
+        plans = region_plans(findings, _by_consumers(candidates, actions.sizes), options.is_factored)
         install(fake, plans, options.seed)
         install_checkpointing(fake, actions.recomputed)
         try:
@@ -228,11 +231,6 @@ def _simulate(
     if by_blocks:
         return rehearsal.step_by_blocks(fake, findings.graphs, compiler_recomputes)
     return rehearsal.compiled_step(fake, findings.graphs, compiler_recomputes, as_one)
-
-
-def _inputs(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Input, ...]:
-    tensors = named_tensors(parameter_names(model), args, kwargs)
-    return tuple(Input(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors)
 
 
 def _notes(rehearsal: Rehearsal, findings: Findings) -> tuple[str, ...]:

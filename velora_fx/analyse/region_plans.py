@@ -1,35 +1,53 @@
-"""What to install on each region for the sub-token sizes that were chosen."""
+"""What to install on each region for the inputs of linears that are to be compressed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from velora_fx.analyse.candidates import Candidate, full_name
+import torch
+from torch.fx import Node
+
+from velora_fx.analyse.candidates import full_name
+from velora_fx.analyse.factorable import not_factorable
 from velora_fx.analyse.probe import Findings, Use
+from velora_fx.capture import named_tensors, parameter_names
+from velora_fx.ops import without_wrappers
+from velora_fx.passes.find_products import Product, find_products
 from velora_fx.passes.swap import Carrier, Choice
+from velora_fx.plans import Input, Plan
 from velora_fx.runtime import RegionPlan
 
 
 def region_plans(
-    findings: Findings, candidates: Iterable[Candidate], sizes: Mapping[tuple[str, str], int], is_factored: bool
+    findings: Findings, compressed: Iterable[tuple[Sequence[str], int]], is_factored: bool
 ) -> dict[str, RegionPlan]:
-    """The regions to install where `sizes` gives the sub-token size of each compressed candidate by its key.
+    """The regions to install for pairs of the linears that keep one input, by their dotted names, and its sub-token
+    size; with `is_factored` their weights get carriers.
 
-    With `is_factored` the weights get carriers.
+    Linears of a region that read the same tensor share its projections. Raises ValueError for a linear that no region
+    has, or whose input the size does not divide.
     """
+    keys = {without_wrappers(full_name(*key)): key for key in findings.uses}
+    products = {name: _products(findings, name) for name in dict.fromkeys(region for region, _ in keys.values())}
     choices: dict[str, dict[str, Choice]] = {}
     widths: dict[str, dict[str, int]] = {}
-    for candidate in candidates:
-        size = sizes.get(candidate.key)
-        if size is None:
-            continue
-        for saving in candidate.savings:
-            own = next(s for s in candidate.savings if (s.region, s.x) == (saving.region, saving.x))
-            tensor = full_name(own.consumer or "", "input")
-            assert saving.consumer is not None
-            carrier = _carrier(findings.uses[saving.region, saving.consumer]) if is_factored else None
-            choices.setdefault(saving.region, {})[saving.consumer] = Choice(tensor, size, carrier)
-            widths.setdefault(saving.region, {})[tensor] = saving.shape[-1]
+    for names, size in compressed:
+        tensors: dict[tuple[str, Node], str] = {}
+        for name in names:
+            key = keys.get(without_wrappers(name))
+            product = products[key[0]].get(key[1]) if key is not None else None
+            if key is None or product is None:
+                raise ValueError(f"the plan compresses the input of {name}, {_why_not(findings, name)}")
+            region, consumer = key
+            x, width = product.node.args[0], width_of(product)
+            assert isinstance(x, Node)
+            if width % size:
+                raise ValueError(f"the plan's sub-token size {size} does not divide the input width {width} of {name}")
+            tensor = tensors.setdefault((region, x), full_name(consumer, "input"))
+            carrier = _carrier(findings.uses[key]) if is_factored else None
+            choices.setdefault(region, {})[consumer] = Choice(tensor, size, carrier)
+            widths.setdefault(region, {})[tensor] = width
     return {
         name: RegionPlan(tuple(findings.graphs[name]), choices[name], widths[name])
         for name in findings.graphs
@@ -37,6 +55,104 @@ def region_plans(
     }
 
 
+def check_plan_fits(plan: Plan, findings: Findings, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    """Raises ValueError, with what differs, for a plan of another model: other widths, weights that cannot have the
+    plan's factored gradients, or blocks that cannot be recomputed as the plan has it.
+
+    `parameters` are those of the model under all their names.
+    """
+    products = {
+        without_wrappers(full_name(region, name)): product
+        for region in findings.graphs
+        for name, product in _products(findings, region).items()
+    }
+    for decision in plan.compressed:
+        product = products.get(without_wrappers(decision.consumers[0]))
+        if product is not None and width_of(product) != decision.shape[-1]:
+            raise ValueError(
+                f"the plan is for an input of {decision.consumers[0]} of width {decision.shape[-1]}, and here it has "
+                f"{width_of(product)}: make the plan with this model"
+            )
+    compressed = {without_wrappers(name) for decision in plan.compressed for name in decision.consumers}
+    for use in findings.uses.values() if plan.is_factored else ():
+        reason = not_factorable(parameters, findings.uses.values(), use)
+        if reason is not None and without_wrappers(full_name(use.region, use.consumer)) in compressed:
+            raise ValueError(
+                f"the plan has a factored gradient of {full_name(use.region, use.parameter)}, and {reason}"
+            )
+    regions = {without_wrappers(name): name for name in findings.calls}
+    for item in plan.recomputed:
+        name = regions.get(without_wrappers(item.region))
+        if name is None or not findings.graphs.get(name) or name in findings.overwrites.inputs_of:
+            reason = findings.failures.get(name or "", "")
+            raise ValueError(
+                f"the plan recomputes {item.region}, which is no block of this model that can be run twice"
+                f"{f' ({reason})' if reason else ''}: make the plan with this model and these inputs"
+            )
+        if item.recompute == "pointwise" and name in findings.overwrites.results_of:
+            raise ValueError(
+                f"the plan recomputes {item.region} pointwise, and here results of matrix products in it are written "
+                "in place, so that it is recomputed whole: make the plan with this model"
+            )
+
+
+def width_of(product: Product) -> int:
+    """The width of a linear's input: that of its weight."""
+    weight = product.node.args[1]
+    assert isinstance(weight, Node)
+    return int(weight.meta["val"].shape[-1])
+
+
+def _products(findings: Findings, region: str) -> Mapping[str, Product]:
+    """The products of a region that can be compressed, by consumer."""
+    graphs = [graph.gm for graph in findings.graphs.get(region, ()) if graph.gm is not None]
+    return {p.consumer: p for gm in graphs for p in find_products(gm) if p.reason is None}
+
+
+def _why_not(findings: Findings, name: str) -> str:
+    """Why the input of a linear of this name cannot be compressed here."""
+    use = next((u for u in findings.uses.values() if without_wrappers(full_name(u.region, u.consumer)) == name), None)
+    if use is not None and use.reason:
+        return f"and here {use.reason}: make the plan with this model"
+    inside = [region for region in findings.failures if not region or f"{name}.".startswith(f"{region}.")]
+    if inside:
+        return f"which could not be captured here: {findings.failures[inside[-1]]}"
+    return "which this model does not train by a linear layer: make the plan with this model and these inputs"
+
+
 def _carrier(use: Use) -> Carrier:
     assert use.input_dim is not None
     return Carrier(use.parameter, use.input_dim)
+
+
+def inputs_of(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Input, ...]:
+    """The tensors that a model is called with, by name."""
+    tensors = named_tensors(parameter_names(model), args, kwargs)
+    return tuple(Input(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors)
+
+
+def autocast_of(device_type: str) -> str | None:
+    """The dtype of the autocast that is on, as "bfloat16"; None where it is off."""
+    is_on = torch.is_autocast_enabled(device_type)
+    return str(torch.get_autocast_dtype(device_type)).removeprefix("torch.") if is_on else None
+
+
+def differences_of(plan: Plan, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """In what a call of a model differs from the step that a plan is for, in words."""
+    found = []
+    here = {item.name: item for item in inputs_of(model, args, kwargs)}
+    planned = {item.name: item for item in plan.inputs}
+    for name in dict.fromkeys((*planned, *here)):
+        if here.get(name) != planned.get(name):
+            found.append(f"{name} is {_text(here.get(name))}, and was {_text(planned.get(name))}")
+    now = torch.__version__.split(".")[:2]
+    if plan.torch_version.split(".")[:2] != now:
+        found.append(f"PyTorch is {torch.__version__}, and was {plan.torch_version or 'unknown'}")
+    autocast = autocast_of(plan.device)
+    if autocast != plan.autocast:
+        found.append(f"autocast is {autocast or 'off'}, and was {plan.autocast or 'off'}")
+    return found
+
+
+def _text(item: Input | None) -> str:
+    return "left out" if item is None else " ".join([" x ".join(map(str, item.shape)), item.dtype]).strip()

@@ -58,7 +58,7 @@ class Rehearsal:
     @property
     def is_compiled(self) -> bool:
         """True where the steps run as under torch.compile."""
-        return self.options.target == "inductor"
+        return bool(self.options.compiled)
 
     def fake_model(self, by_blocks: bool = False) -> torch.nn.Module:
         """An untouched copy in training mode, with real integers for what runs eagerly."""

@@ -91,8 +91,12 @@ def _tensors_in(name: str, value: Any) -> list[tuple[str, torch.Tensor]]:
 def example_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Reads example inputs as `(args, kwargs)`: a mapping, a tuple or list, one tensor, or such a pair itself.
 
-    Raises ValueError for anything else.
+    Of a list of mappings, several batches, the one with most entries is taken. Raises ValueError for anything else.
     """
+    if isinstance(example_inputs, list) and example_inputs and all(hasattr(each, "keys") for each in example_inputs):
+        return max(
+            map(example_call, example_inputs), key=lambda call: sum(t.numel() for _, t in named_tensors((), *call))
+        )
     if isinstance(example_inputs, torch.Tensor):
         return (example_inputs,), {}
     if hasattr(example_inputs, "keys"):

@@ -13,9 +13,10 @@ from velora_fx.plans import Exact
 
 @dataclass(frozen=True)
 class ExactRivals:
-    """The exact ways to less memory of a model that was analysed."""
+    """The exact ways to less memory of a model that was analysed; `checkpointing` searches among recomputed blocks."""
 
     analysis: Analysis
+    checkpointing: Search
 
     def within(self, budget_bytes: int) -> Exact | None:
         """The fastest exact step within the budget, or the smallest there is; None without blocks to recompute.
@@ -36,8 +37,3 @@ class ExactRivals:
     def compiler(self) -> Peak | None:
         """The peak of the untouched model under a compiler that is told to recompute; None for an eager step."""
         return self.analysis.peak(Actions(), compiler_recomputes=True) if self.analysis.is_compiled else None
-
-    @cached_property
-    def checkpointing(self) -> Search:
-        """The search among checkpointed blocks."""
-        return Search(self.analysis, compresses=False, recomputes=True)

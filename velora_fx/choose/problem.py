@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from velora_fx.analyse import Actions, Analysis, Block, Candidate
 from velora_fx.choose.moments import Span, find_moments
+from velora_fx.choose.price import share_of
 from velora_fx.choose.solver import Item, Moment
 from velora_fx.choose.updates import Freed, find_freed
 from velora_fx.devices import with_overhead
@@ -16,26 +17,35 @@ from velora_fx.peaks import Peak
 from velora_fx.runtime import Recompute
 from velora_fx.simulate import Timeline
 
-# Where time and approximation are traded: halving what is kept of every weight's input counts as much as this share of
-# the step's time.
-HALVING_PRICE = 0.02
-
 
 @dataclass(frozen=True)
 class Problem:
-    """The solver's items and moments for the actions of the allowed kinds, and what a choice of levels stands for."""
+    """The solver's items and moments for the actions of the allowed kinds, and what a choice of levels stands for.
+
+    `largest` bounds the sub-token sizes, None does not.
+    """
 
     analysis: Analysis
     compresses: bool
     recomputes: bool
+    largest: int | None = None
+
+    @cached_property
+    def offered(self) -> tuple[Candidate, ...]:
+        """What may be compressed, at the sizes that are allowed."""
+        found = self.analysis.candidates if self.compresses else ()
+        if self.largest is None:
+            return found
+        most = self.largest
+        bounded = (replace(c, sizes=tuple(size for size in c.sizes if size <= most)) for c in found)
+        return tuple(candidate for candidate in bounded if candidate.sizes)
 
     @cached_property
     def candidates(self) -> tuple[Candidate, ...]:
-        """What may be compressed; where blocks may be recomputed, only what belongs to one region."""
-        found = self.analysis.candidates if self.compresses else ()
+        """Those; where blocks may be recomputed, only what belongs to one region."""
         if not self.recomputes:
-            return found
-        return tuple(c for c in found if len({saving.region for saving in c.savings}) == 1)
+            return self.offered
+        return tuple(c for c in self.offered if len({saving.region for saving in c.savings}) == 1)
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
@@ -80,13 +90,17 @@ class Problem:
 
     def all_at(self, index: int) -> Actions:
         """Everything at the size of this index, or its last."""
-        candidates = self.analysis.candidates
-        return Actions({c.key: c.sizes[min(index, len(c.sizes) - 1)] for c in candidates})
+        return Actions({c.key: c.sizes[min(index, len(c.sizes) - 1)] for c in self.offered})
 
     def cost(self, actions: Actions) -> float:
-        """The approximation that the sizes of sub-tokens amount to: numel(W) * log2(M), of all that is compressed."""
-        chosen = [c for c in self.analysis.candidates if c.key in actions.sizes]
-        return math.fsum(c.num_weights * math.log2(actions.sizes[c.key]) for c in chosen)
+        """The price of the actions in seconds of a step: what recompute takes, and what the sub-tokens are worth."""
+        chosen = [c for c in self.offered if c.key in actions.sizes]
+        seconds = [self._price_of(c, actions.sizes[c.key]) for c in chosen]
+        for block in self.blocks:
+            gains = {gain.level: gain.seconds for gain in self._gains[block.levels]}
+            if block.name in actions.recomputed:
+                seconds.append(self._share_of(block) * gains[actions.recomputed[block.name]])
+        return math.fsum(seconds)
 
     def all_recomputed(self) -> Actions:
         """All blocks recomputed as far as it frees more."""
@@ -112,7 +126,7 @@ class Problem:
         From forward to backward they take no memory then, whatever the sub-token size. The partitioner is free to: in
         forward nothing takes projections.
         """
-        candidates = self.analysis.candidates
+        candidates = self.offered
         if not self.analysis.is_compiled or not candidates:
             return True
         at_start = [t.saved_bytes for t in (self.analysis.untouched, self._smallest_sub_tokens)]
@@ -130,21 +144,22 @@ class Problem:
         return self.analysis.simulate(self.all_at(0))
 
     def _candidate_item(self, candidate: Candidate, covered_by: int | None) -> Item:
-        """Savings for each storage of the candidate; the cost of a size M is numel(W) * log2(M)."""
+        """Savings for each storage of the candidate, and the price of each size."""
         shapes = tuple(saving.shape for saving in candidate.savings)
         calls = max(1, len(candidate.storages))
-        price = 1.0
-        if self.recomputes:
-            all_weights = sum(c.num_weights for c in self.candidates)
-            price = HALVING_PRICE * self.analysis.untouched.seconds / all_weights
         sizes = self._sizes_of(candidate)
         kept = [candidate.bytes_after(size) if self.projections_are_kept else 0 for size in sizes]
         return Item(
             group=(self._graphs_of(candidate.region), candidate.tensor, shapes),
             savings=tuple((candidate.bytes_before - after) // calls for after in kept),
-            costs=tuple(price * candidate.num_weights * math.log2(size) for size in sizes),
+            costs=tuple(self._price_of(candidate, size) for size in sizes),
             covered_by=covered_by,
         )
+
+    def _price_of(self, candidate: Candidate, size: int) -> float:
+        """Seconds of a step that a candidate's sub-tokens are as dear as."""
+        all_weights = sum(c.num_weights for c in self.analysis.candidates)
+        return share_of(size) * self.analysis.untouched.seconds * candidate.num_weights / all_weights
 
     def _sizes_of(self, candidate: Candidate) -> tuple[int, ...]:
         return candidate.sizes if self.sizes_matter else candidate.sizes[:1]
@@ -156,13 +171,17 @@ class Problem:
 
     def _block_item(self, block: Block) -> Item:
         """Its part of what recomputing all blocks of its kind frees and costs in time."""
-        share = block.kept_bytes / sum(b.kept_bytes for b in self.blocks if b.levels == block.levels)
+        share = self._share_of(block)
         gains = self._gains[block.levels]
         return Item(
             group=(self._graphs_of(block.name), block.levels),
             savings=tuple(int(share * gain.freed_bytes) for gain in gains),
             costs=tuple(share * gain.seconds for gain in gains),
         )
+
+    def _share_of(self, block: Block) -> float:
+        """Its part of what all blocks of its kind keep."""
+        return block.kept_bytes / sum(b.kept_bytes for b in self.blocks if b.levels == block.levels)
 
     def _graphs_of(self, region: str) -> tuple[int, ...]:
         return tuple(id(graph) for graph in self.analysis.findings.graphs[region])

@@ -17,16 +17,20 @@ RUNGS, COMPILED_RUNGS = 4096, 64  # a simulation of a compiled step compiles wha
 
 @dataclass(frozen=True)
 class Search:
-    """Finds the cheapest actions of the allowed kinds, each result simulated: the simulation is the truth."""
+    """Finds the cheapest actions of the allowed kinds, each result simulated: the simulation is the truth.
+
+    `largest` is as in `Problem`.
+    """
 
     analysis: Analysis
     compresses: bool
     recomputes: bool
+    largest: int | None = None
 
     @cached_property
     def problem(self) -> Problem:
         """What there is to choose from."""
-        return Problem(self.analysis, self.compresses, self.recomputes)
+        return Problem(self.analysis, self.compresses, self.recomputes, self.largest)
 
     def within(self, budget_bytes: int) -> tuple[Actions, Peak]:
         """The cheapest actions whose peak is within the budget; the tightest there are if none is.
@@ -64,7 +68,7 @@ class Search:
         """
         if self.recomputes or not self.problem.sizes_matter:
             return found
-        most = max((len(candidate.sizes) for candidate in self.analysis.candidates), default=0)
+        most = max((len(candidate.sizes) for candidate in self.problem.offered), default=0)
         for actions in reversed([self.problem.all_at(index) for index in range(most)]):
             if self.problem.cost(actions) >= self.problem.cost(found[0]):
                 continue
@@ -92,7 +96,7 @@ class Search:
     def _at_one_size(self, tensor_budget_bytes: int) -> tuple[Actions, Peak]:
         """What is left where every ladder is too short: projections that are not kept are still made in backward, and
         the larger the sub-tokens the less they take there."""
-        most = max(len(candidate.sizes) for candidate in self.analysis.candidates) if self.compresses else 0
+        most = max((len(candidate.sizes) for candidate in self.problem.offered), default=0)
         for index in range(0 if self.problem.sizes_matter else most):
             actions = self.problem.all_at(index)
             peak = self.problem.peak(actions)
@@ -175,7 +179,7 @@ class Search:
     @cached_property
     def _bottom(self) -> tuple[Actions, Peak]:
         """What the lowest rung of the ladder stands for."""
-        if self.problem.sizes_matter or self.recomputes or not self.compresses:
+        if self.problem.sizes_matter or self.recomputes or not self.problem.offered:
             return self._tightest
         actions = self.problem.all_at(0)
         return actions, self.problem.peak(actions)
@@ -189,7 +193,7 @@ class Search:
     @cached_property
     def _tightest(self) -> tuple[Actions, Peak]:
         found: list[tuple[Actions, Peak]] = []
-        if self.compresses and self.analysis.candidates:
+        if self.problem.offered:
             for index in (-1,) if self.problem.sizes_matter else (0, -1):
                 actions = self.problem.all_at(index)
                 found.append((actions, self.problem.peak(actions)))

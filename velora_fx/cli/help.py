@@ -31,14 +31,16 @@ examples:
   Which card? A row for each size.
     velora-plan --model llama-7b --batch-size 4 --seq-len 2048 --optimizer sgd --sweep 40,48,56,64,80
 
-  What would gradient checkpointing alone have to recompute?
-    velora-plan --model llama-7b --batch-size 4 --seq-len 2048 --optimizer sgd --budget-gb 40 --exact-only
+  What would recompute alone reach, and what compression alone?
+    velora-plan --model llama-7b --batch-size 4 --seq-len 2048 --optimizer sgd --budget-gb 40 --method exact
+    velora-plan --model llama-7b --batch-size 4 --seq-len 2048 --optimizer sgd --budget-gb 56 --method compress
 
-  How much faster with compression wherever it saves time, where the mean log2 of the sub-token size is 5 at most?
-    velora-plan --model llama-1b --batch-size 8 --objective speed --max-approximation 5
+  How much faster with compression wherever it saves time?
+    velora-plan --model llama-1b --batch-size 8 --objective speed
 
-  Can all weights of Llama 7B be trained with AdamW on a card of 24 GiB?
-    velora-plan --model llama-7b --seq-len 2048 --gradients factored --target inductor --budget-gb 24
+  Can all weights of Llama 7B be trained with AdamW on a card of 24 GiB? Save the plan, and apply it there.
+    velora-plan --model llama-7b --seq-len 2048 --gradients factored --compiled --budget-gb 24 --save plan.json
+    velora-plan --plan plan.json
 
   A model of your own, in float32 on CPU.
     velora-plan --model my_package.models:make_classifier --dtype float32 --device cpu --budget-gb 2

@@ -22,7 +22,7 @@ from velora_fx.capture import example_call
 from velora_fx.cli import presets
 from velora_fx.cli.help import DESCRIPTION, EPILOG
 from velora_fx.cli.sweep import render_sweep, sweep
-from velora_fx.options import GRADIENTS, OBJECTIVES, PROJECTIONS, TARGETS, Options, budget_bytes_of
+from velora_fx.options import GRADIENTS, METHODS, OBJECTIVES, PROJECTIONS, Options, budget_bytes_of
 from velora_fx.plans import BudgetError, Plan
 from velora_fx.report.plot import figure_class
 
@@ -73,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.plot is not None:
             plan.plot(arguments.plot)
+        if arguments.save is not None:
+            Path(arguments.save).write_text(plan.to_json())
     except (ValueError, ImportError, OSError) as error:
         return _complain(error, BAD_INPUT)
     print(plan.to_json() if arguments.json else plan)
@@ -85,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
         "velora-plan", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = made.add_argument
-    add("--model", required=True, help="a preset, a Hugging Face config, or package.module:factory (see below)")
+    add("--model", help="a preset, a Hugging Face config, or package.module:factory (see below)")
     add("--batch-size", type=int, metavar="N", help="texts or images of a batch (default: 1)")
     add("--seq-len", type=int, metavar="N", help="tokens of a text (default: what the model takes, up to 2048)")
     add(
@@ -110,7 +112,13 @@ def parser() -> argparse.ArgumentParser:
         default="cuda",
         help="what is planned for (default: cuda; no GPU is needed)",
     )
-    add("--target", choices=TARGETS, default="eager", help="how the step will run (default: eager)")
+    add("--compiled", action="store_true", help="the step runs under torch.compile (default: eager)")
+    add(
+        "--method",
+        choices=METHODS,
+        default="auto",
+        help="compress: VeLoRA alone; exact: recompute alone (default: auto)",
+    )
     add("--gradients", choices=GRADIENTS, default="dense", help="factored: with optimizer state, M times smaller")
     add("--projection", choices=PROJECTIONS, default="signs", help="of the sub-tokens (default: signs)")
     add("--sub-token-sizes", metavar="M,M", help="sizes to choose from, such as 16,32 (default: 2 to 128)")
@@ -121,35 +129,34 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="batches whose gradients are added up before a step (default: 1)",
     )
-    add("--exact-only", action="store_true", help="never compress: recompute blocks in backward instead")
-    add("--recompute", action="store_true", help="allow recomputing blocks besides, priced by its time")
     add("--objective", choices=OBJECTIVES, default="memory", help="speed: besides fitting, compress where time falls")
-    add(
-        "--max-approximation",
-        type=float,
-        metavar="A",
-        help="how far speed may go: the mean log2 of the sub-token size over all weights that may be compressed",
-    )
     add("--seed", type=int, default=0, help="seed of the projections (default: 0)")
     add("--json", action="store_true", help="print the plan as one JSON object instead of the report")
+    add("--save", metavar="FILE", help="write the plan as JSON, for velora_fx.Plan.from_json and velora_fx.apply")
+    add("--plan", metavar="FILE", help="show a plan that was saved, in place of a new one")
     add("--plot", metavar="FILE", help="draw memory over the step, as a .svg, .png or .pdf file (needs matplotlib)")
     return made
 
 
 def _check_files(arguments: argparse.Namespace) -> None:
     """Refuses, before anything is planned, files that could not be written."""
-    path = arguments.plot
-    if path is None:
-        return
-    figure_class(path)
-    if not Path(path).absolute().parent.is_dir():
-        raise ValueError(f"--plot: there is no folder for {path}")
+    if arguments.plot is not None:
+        figure_class(arguments.plot)
+    for option in ("plot", "save"):
+        path = getattr(arguments, option)
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"--{option}: there is no folder for {path}")
+    if (arguments.model is None) == (arguments.plan is None):
+        got = "neither" if arguments.plan is None else "both"
+        raise ValueError(f"pass --model, to plan for it, or --plan, to show what was saved: got {got}")
 
 
 def _sweep(arguments: argparse.Namespace) -> tuple[str, int]:
     """Plans for several budgets: what to print, and the exit code, which is that of the smallest."""
-    if arguments.budget_gb is not None or arguments.plot is not None:
-        raise ValueError("--sweep names the budgets and prints a table: leave out --budget-gb and --plot")
+    others = [name for name in ("budget_gb", "plot", "save", "plan") if getattr(arguments, name) is not None]
+    if others:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+        raise ValueError(f"--sweep names the budgets and prints a table: leave out {names}")
     budgets = [_number(part) for part in arguments.sweep.split(",") if part.strip()]
     if not budgets:
         raise ValueError("--sweep needs budgets in GiB such as 16,24,40")
@@ -158,7 +165,7 @@ def _sweep(arguments: argparse.Namespace) -> tuple[str, int]:
     options = Options(**_options(arguments))
     model, inputs, note = _load(arguments)
     with _named(arguments):
-        plans = sweep(model, budgets, *example_call(inputs), options, arguments.model)
+        plans = sweep(model, budgets, *example_call(inputs), options, torch.device(arguments.device), arguments.model)
     exit_code = FITS if all(plan.fits for plan in plans) else DOES_NOT_FIT
     if arguments.json:
         return json.dumps([_noted(plan, arguments.model, note).to_dict() for plan in plans], indent=2), exit_code
@@ -168,16 +175,13 @@ def _sweep(arguments: argparse.Namespace) -> tuple[str, int]:
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "optimizer": _optimizer(arguments.optimizer),
-        "target": arguments.target,
+        "method": arguments.method,
+        "compiled": arguments.compiled,
         "gradients": arguments.gradients,
         "projection": arguments.projection,
         "sub_token_sizes": _sizes(arguments.sub_token_sizes),
-        "device": arguments.device,
         "gradient_accumulation": arguments.gradient_accumulation,
-        "exact_only": arguments.exact_only,
-        "recompute": arguments.recompute,
         "objective": arguments.objective,
-        "max_approximation": arguments.max_approximation,
         "seed": arguments.seed,
     }
 
@@ -203,6 +207,8 @@ def _named(arguments: argparse.Namespace) -> Iterator[None]:
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:
+    if arguments.plan is not None:
+        return Plan.from_json(Path(arguments.plan).read_text())
     options = _options(arguments)
     Options(**options)  # refused before a large model is made, as is the budget
     budget_gb = None if arguments.budget_gb is None else _number(arguments.budget_gb)
@@ -211,7 +217,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     model, inputs, note = _load(arguments)
     try:
         with _named(arguments):
-            plan = velora_fx.plan(model, budget_gb, inputs, **options)
+            plan = velora_fx.plan(model, budget_gb, inputs, device=arguments.device, **options)
     except BudgetError as error:
         raise BudgetError(str(error), _noted(error.plan, arguments.model, note)) from error
     return _noted(plan, arguments.model, note)

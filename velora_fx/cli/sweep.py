@@ -11,10 +11,10 @@ from tabulate import tabulate
 from velora_fx.analyse import analyse
 from velora_fx.choose import Planner
 from velora_fx.names import in_units
-from velora_fx.options import Options, budget_bytes_of, planning_device
+from velora_fx.options import Options, budget_bytes_of
 from velora_fx.plans import BudgetError, Plan
 from velora_fx.progress import planning_progress
-from velora_fx.report.text import inputs_text, time_ratio
+from velora_fx.report.text import inputs_text, step_name, time_ratio
 
 HEADERS = ("budget", "fits", "peak", "compressed", "largest M", "recomputed", "step time", "also exactly")
 
@@ -25,17 +25,17 @@ def sweep(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     options: Options,
+    device: torch.device,
     name: str,
 ) -> tuple[Plan, ...]:
     """A plan for each budget in GiB, from one analysis; where none fits, the tightest there is."""
-    device = planning_device(model, options)
     sizes = [budget_bytes_of(budget, device) for budget in budgets_gb]
     plans = []
     with planning_progress() as progress:
         planner = Planner(analyse(model, args, kwargs, options, device, progress), name, options)
         for size in sizes:
             try:
-                plans.append(planner.plan(size)[0])
+                plans.append(planner.plan(size))
             except BudgetError as error:
                 plans.append(error.plan)
     return tuple(plans)
@@ -48,14 +48,13 @@ def render_sweep(plans: Sequence[Plan]) -> str:
         assert plan.budget_bytes is not None
         total = sum(len(decision.consumers) for decision in plan.decisions) + len(plan.skipped)
         compressed = sum(len(decision.consumers) for decision in plan.compressed)
-        largest = max((decision.sub_token_size or 0 for decision in plan.compressed), default=0)
         rows.append(
             (
                 in_units(plan.budget_bytes),
                 "yes" if plan.fits else "NO",
                 in_units(plan.planned.peak_bytes),
                 f"{compressed}/{total}",
-                str(largest or "-"),
+                str(plan.largest_sub_token or "-"),
                 str(len(plan.recomputed) or "-"),
                 time_ratio(plan, plan.planned.step_seconds),
                 _exactly(plan),
@@ -63,7 +62,9 @@ def render_sweep(plans: Sequence[Plan]) -> str:
         )
     align = ("right", "left", "right", "right", "right", "right", "right", "left")
     first = plans[0]
-    untouched = f"untouched: {in_units(first.baseline.peak_bytes)}; {first.target} on {first.device}, {first.optimizer}"
+    untouched = (
+        f"untouched: {in_units(first.baseline.peak_bytes)}; {step_name(first)} on {first.device}, {first.optimizer}"
+    )
     table = tabulate(rows, HEADERS, colalign=align, disable_numparse=True)
     return f"{table}\n\n{untouched}, step times on {first.rates}; planned for {inputs_text(first)}"
 

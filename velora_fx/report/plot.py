@@ -8,7 +8,7 @@ from typing import Any
 from velora_fx.names import UNITS, in_units
 from velora_fx.peaks import Peak
 from velora_fx.plans import Plan
-from velora_fx.report.text import in_use, place_of
+from velora_fx.report.text import in_use, place_of, step_name
 
 COLORS = ("#4c72b0", "#8c8c8c", "#c44e52", "#8172b3", "#dd8452", "#f0c05a")  # one for each category
 LONGEST_PLACE = 54  # characters that fit beside a peak
@@ -40,7 +40,7 @@ def plot(plan: Plan, path: str | Path) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False, fontsize=9)
     figure.suptitle(
-        f"{plan.model}: one training step, {plan.target} on {plan.device}, {plan.optimizer}",
+        f"{plan.model}: one training step, {step_name(plan)} on {plan.device}, {plan.optimizer}",
         x=0.02,
         ha="left",
         fontsize=11,

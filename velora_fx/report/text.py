@@ -40,7 +40,7 @@ def _header(plan: Plan) -> str:
         peaks = f"{in_units(plan.baseline.peak_bytes)}{elsewhere} -> {peaks}"
     lines = [
         ("model", plan.model),
-        ("step", f"{plan.target} on {plan.device}, optimizer {plan.optimizer}"),
+        ("step", f"{step_name(plan)} on {plan.device}, optimizer {plan.optimizer}"),
         ("planned for", inputs_text(plan)),
         ("budget", "none given" if plan.budget_bytes is None else in_units(plan.budget_bytes)),
         ("predicted peak", peaks),
@@ -49,9 +49,6 @@ def _header(plan: Plan) -> str:
         margin = in_units(abs(plan.budget_bytes - plan.planned.peak_bytes))
         if plan.fits:
             lines.append(("verdict", f"fits, {margin} to spare"))
-        elif plan.is_within_budget:
-            allowed = f"approximation {plan.approximation:.6g}, and max_approximation is {plan.max_approximation:g}"
-            lines.append(("verdict", f"TOO APPROXIMATE: {allowed}"))
         else:
             lines.append(("verdict", f"DOES NOT FIT: the smallest reachable peak is {after}, {margin} over the budget"))
     if plan.compressed or plan.recomputed:
@@ -65,11 +62,15 @@ def _header(plan: Plan) -> str:
             text += ", factored: they, the optimizer's state and all-reduce are M times smaller"
         lines.append(("approximate", text))
     if plan.objective == "speed":
-        mean = "the mean log2 of M over all weights that may be compressed"
-        lines.append(("objective", f"speed: approximation {plan.approximation:.2f}, {mean}"))
+        lines.append(("objective", "speed: compressed wherever the predicted step gets faster"))
     if plan.exact is not None:
         lines.append(("exactly", _exactly(plan, plan.exact)))
     return tabulate([line for line in lines if line[1]], tablefmt="plain", disable_numparse=True)
+
+
+def step_name(plan: Plan) -> str:
+    """How the step runs."""
+    return "compiled" if plan.compiled else "eager"
 
 
 def inputs_text(plan: Plan) -> str:
@@ -87,7 +88,7 @@ def _exactly(plan: Plan, exact: Exact) -> str:
     if not exact.fits:
         return f"not reachable by recompute alone: {in_units(exact.peak_bytes)} at the least"
     means = {
-        "checkpointing": "exact_only=True recomputes in backward",
+        "checkpointing": "method='exact' recomputes in backward",
         "compiler": "torch._functorch.config.ban_recompute_materialized_backward=False",
     }[exact.means]
     return f"this budget is also reachable exactly, step time {time_ratio(plan, exact.step_seconds)} ({means})"

@@ -6,7 +6,7 @@ from velora_fx.runtime.carriers import put_back, remove_carriers
 from velora_fx.runtime.checkpointed import CONTEXTS, COSTLY, LEVELS, Checkpointed, Recompute, install_checkpointing
 from velora_fx.runtime.factored_step import Folding
 from velora_fx.runtime.install import RegionPlan, install
-from velora_fx.runtime.measure import Measurement
+from velora_fx.runtime.measure import measured_step
 from velora_fx.runtime.optimizers import OptimizerFactory, optimizer_factory
 from velora_fx.runtime.region import CHECKPOINTED, Region, hooks_in, make_call
 from velora_fx.runtime.stand_in import STATE, StandIn, uninstall
@@ -20,7 +20,6 @@ __all__ = [
     "BatchWatch",
     "Checkpointed",
     "Folding",
-    "Measurement",
     "ModelHook",
     "OptimizerFactory",
     "Recompute",
@@ -32,6 +31,7 @@ __all__ = [
     "install",
     "install_checkpointing",
     "make_call",
+    "measured_step",
     "optimizer_factory",
     "put_back",
     "remove_carriers",

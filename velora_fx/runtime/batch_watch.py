@@ -56,9 +56,12 @@ class BatchWatch(ModelHook):
             self.compare(name, shape)
 
     def compare(self, name: str, shape: tuple[int, ...]) -> None:
-        """Warns, once, of a shape that is larger than the planned one."""
+        """Warns, once, of a shape with more entries than the planned one, or as many in longer texts."""
         planned = self.planned.get(name)
-        if planned is None or self.warned or math.prod(shape) <= math.prod(planned):
+        if planned is None or self.warned or math.prod(shape) < math.prod(planned):
+            return
+        is_longer = any(size > known for size, known in zip(shape[1:], planned[1:], strict=False))
+        if math.prod(shape) == math.prod(planned) and not is_longer:
             return
         self.warned = True
         warnings.warn(

@@ -26,12 +26,12 @@ class RegionPlan:
 
 
 def install(
-    model: torch.nn.Module, plans: Mapping[str, RegionPlan], seed: int, target: str | None = None
+    model: torch.nn.Module, plans: Mapping[str, RegionPlan], seed: int, compiled: bool | None = None
 ) -> list[Region]:
     """Installs the regions, with the carriers of their weights; those with the same graphs and choices share their
-    rewritten graphs. `target` is what was planned for, None where it does not matter."""
+    rewritten graphs. `compiled` tells what was planned for, None where it does not matter."""
     shared: dict[tuple[object, ...], list[RegionGraph]] = {}
-    regions, folding, notices = [], Folding(), Notices(target)
+    regions, folding, notices = [], Folding(), Notices(compiled)
     for name, plan in plans.items():
         block = model.get_submodule(name)
         key = (*(id(graph) for graph in plan.graphs), *plan.choices.items())

@@ -1,11 +1,11 @@
-"""The real peak of a training step, from the end of one optimizer step to the end of the next."""
+"""The real peak of a training step."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -19,154 +19,136 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from velora_fx.devices import ALLOCATOR_BLOCK_BYTES
 from velora_fx.peaks import Measured, Peak
-from velora_fx.runtime.optimizers import leave
 
 Storages = dict[str, list[torch.UntypedStorage]]
 MARKER_BYTES = 1
 
 
-class Measurement:
-    """Measures the second step of a model's optimizer and calls `done` with it.
+@contextlib.contextmanager
+def measured_step(
+    model: torch.nn.Module, predicted: Peak, device_type: str, done: Callable[[Measured], None]
+) -> Iterator[None]:
+    """Calls `done` with the real peak of the training step within, an optimizer's step included.
 
-    It hangs on all optimizers while it is pending; those without a parameter of the model are ignored. It holds the
-    model and `done`, a bound method, weakly; a copy of it is None. `predicted` tells how many of the gradients are
-    there at the peak. `inputs`, where the shapes of a step's inputs are collected, is cleared at its start. On CPU what
-    was there before and is neither the model's nor the optimizer's is not counted.
+    `predicted` tells how many of the gradients are there at the peak. On CPU what was there before and is neither the
+    model's nor the optimizer's is not counted. Raises ValueError for a model on other devices than one of
+    `device_type`, RuntimeError where another profiler runs or no optimizer of the model stepped within.
     """
+    device = device_of(model, device_type)
+    if device.type == "cpu" and torch._C._autograd._profiler_enabled():
+        raise RuntimeError("another profiler runs, and PyTorch has but one: end it before the step that is measured")
+    before = _storages(model, (), device)
+    gradients = [weakref.ref(storage) for storage in before["gradients"]]
+    optimizers: dict[torch.optim.Optimizer, None] = {}
+    ends: list[_End] = []
+
+    def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if _holds(optimizer, model):
+            optimizers[optimizer] = None
+            ends.append(_End(_storages(model, [*optimizers], device), gradients, device))
+
+    handle = register_optimizer_step_post_hook(stepped)
+    watch = _CudaWatch(device, before) if device.type == "cuda" else _CpuWatch(before)
+    del before
+    try:
+        yield
+    finally:
+        watch.stop()
+        handle.remove()
+    if not ends:
+        raise RuntimeError("no optimizer of the model stepped: measure around forward, backward and optimizer.step()")
+    done(ends[-1].measured(predicted, *watch.peak(ends[-1])))
+
+
+class _End:
+    """What is there once the optimizer has stepped: bytes by category, of which gradients that were there before, and
+    the optimizer's state by address. No storage is kept alive."""
 
     def __init__(
-        self,
-        model: torch.nn.Module,
-        predicted: Peak,
-        device_type: str,
-        inputs: dict[str, tuple[int, ...]],
-        done: Callable[[Measured], None],
+        self, storages: Storages, gradients: Sequence[weakref.ref[torch.UntypedStorage]], device: torch.device
     ) -> None:
-        self.model = weakref.ref(model)
-        self.predicted = predicted
-        self.device_type = device_type
-        self.inputs = inputs
-        self.done = weakref.WeakMethod(done)
-        self.optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self.first: weakref.ref[torch.optim.Optimizer] | None = None
-        self.step: _Step | None = None
-        self.is_over = False
-        self.handle = register_optimizer_step_post_hook(self)
-        self.finalizer = weakref.finalize(model, self._drop)
+        self.breakdown = {name: _bytes(group, device) for name, group in storages.items()}
+        kept = {id(ref()) for ref in gradients} - {id(None)}
+        self.kept_bytes = _bytes([storage for storage in storages["gradients"] if id(storage) in kept], device)
+        self.states = {storage.data_ptr(): storage.nbytes() for storage in storages["optimizer"]}
+        self.allocated_bytes = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        model = self.model()
-        if model is not None and not self.is_over and _holds(optimizer, model):
-            self.optimizers.add(optimizer)
-            if self.step is None:
-                self._begin(model, optimizer)
-            elif self.first is not None and self.first() is optimizer:
-                self._end(model, optimizer)
-        if self.is_over or model is None:
-            leave(self.handle)
-
-    def cancel(self) -> None:
-        """Ends it without a result and takes it off the optimizers."""
-        self.is_over = True
-        self.finalizer.detach()
-        self._drop()
-        self.handle.remove()
-
-    def _begin(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        devices = {parameter.device for parameter in model.parameters()}
-        if len(devices) > 1 or {device.type for device in devices} != {self.device_type}:
-            self.is_over = True  # the plan is for one device of another kind
-        elif self.device_type != "cpu" or not torch._C._autograd._profiler_enabled():  # there can be but one
-            self.step = _Step(_storages(model, self.optimizers, *devices), *devices)
-            self.first = weakref.ref(optimizer, self._drop)
-            self.inputs.clear()
-
-    def _end(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        assert self.step is not None
-        step, self.step = self.step, None
-        peaks = step.stop()
-        if peaks is None:
-            self._begin(model, optimizer)
-            return
-        self.is_over = True
-        found = step.measured(*peaks, _storages(model, self.optimizers, step.device), self.predicted)
-        done = self.done()
-        if done is not None:
-            done(replace(found, inputs=dict(self.inputs)))
-
-    def _drop(self, _: Any = None) -> None:
-        """Ends the step in progress: it is not to be measured, or its optimizer is gone."""
-        step, self.step = self.step, None
-        if step is not None:
-            step.stop()
-
-
-class _Step:
-    """A step in progress; `stop` ends it and returns its peaks of allocated and of reserved bytes, None if they got
-    lost. It keeps no storage alive."""
-
-    def __init__(self, storages: Storages, device: torch.device) -> None:
-        self.device = device
-        self.gradients = [weakref.ref(storage) for storage in storages["gradients"]]
-        self.known_bytes = sum(_bytes(group, device) for group in storages.values())
-        self.stop: Callable[[], tuple[int, int | None] | None]
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self.other_bytes = torch.cuda.memory_allocated(device) - self.known_bytes
-            self.stop = partial(_cuda_peaks, device)
-        else:
-            self.other_bytes = 0
-            self.stop = watch_cpu([storage for group in storages.values() for storage in group])
-
-    def measured(self, allocated: int, reserved: int | None, storages: Storages, predicted: Peak) -> Measured:
-        """The result, with what is there at the end of the step."""
-        breakdown = {name: _bytes(group, self.device) for name, group in storages.items()}
-        end_bytes = sum(breakdown.values())
-        kept = {id(ref()) for ref in self.gradients} - {id(None)}
-        kept_bytes = _bytes([storage for storage in storages["gradients"] if id(storage) in kept], self.device)
-        breakdown["gradients"] = kept_bytes + int(_gradients_at_peak(predicted) * (breakdown["gradients"] - kept_bytes))
-        if self.device.type == "cuda":
-            left = min(self.other_bytes, torch.cuda.memory_allocated(self.device) - end_bytes)
-            breakdown["other"] = max(0, left)
+    def measured(self, predicted: Peak, allocated: int, reserved: int | None, other: int | None) -> Measured:
+        """The result; of the step's gradients as many as the plan has at its peak."""
+        breakdown = dict(self.breakdown)
+        new_bytes = breakdown["gradients"] - self.kept_bytes
+        breakdown["gradients"] = self.kept_bytes + int(_gradients_at_peak(predicted) * new_bytes)
+        if other is not None:
+            breakdown["other"] = other
         breakdown["activations and temporary"] = max(0, allocated - sum(breakdown.values()))
         return Measured(allocated, reserved, breakdown)
 
 
-def _cuda_peaks(device: torch.device) -> tuple[int, int | None]:
-    return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+def device_of(model: torch.nn.Module, device_type: str) -> torch.device:
+    """The one device that a model is on; ValueError for several, or one of another type."""
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1 or {device.type for device in devices} != {device_type}:
+        names = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"the plan is for one {device_type} device, and the model is on {names}: nothing is measured")
+    return next(iter(devices))
 
 
-def watch_cpu(storages: Sequence[torch.UntypedStorage]) -> Callable[[], tuple[int, int | None] | None]:
-    """Has the profiler record what the CPU allocator does; the function that it returns ends that, and gives the most
-    bytes in use, these storages included.
+class _CudaWatch:
+    """The statistics of PyTorch's CUDA allocator, set back at the start."""
 
-    The profiler knows no tensor from before: the end of these storages is noted here, and the end of others ignored.
+    def __init__(self, device: torch.device, storages: Storages) -> None:
+        self.device = device
+        torch.cuda.reset_peak_memory_stats(device)
+        known_bytes = sum(_bytes(group, device) for group in storages.values())
+        self.other_bytes = torch.cuda.memory_allocated(device) - known_bytes
+
+    def stop(self) -> None:
+        """Reads the peaks."""
+        self.allocated = torch.cuda.max_memory_allocated(self.device)
+        self.reserved = torch.cuda.max_memory_reserved(self.device)
+
+    def peak(self, end: _End) -> tuple[int, int | None, int | None]:
+        """Bytes allocated and reserved at most, and what of them was neither the model's nor its optimizer's."""
+        other = min(self.other_bytes, end.allocated_bytes - sum(end.breakdown.values()))
+        return self.allocated, self.reserved, max(0, other)
+
+
+class _CpuWatch:
+    """PyTorch's profiler, which records what the CPU allocator does.
+
+    It knows no tensor from before: the end of the storages that are given is noted here, and the end of others ignored.
+    It keeps no storage alive.
     """
-    before = sum(storage.nbytes() for storage in storages)
-    freed: list[tuple[int, int]] = []
-    watched = [weakref.ref(storage, partial(_note, freed, storage.nbytes())) for storage in storages]
-    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-    profiler.start()
-    torch.empty(MARKER_BYTES, dtype=torch.uint8)
 
-    def stop() -> tuple[int, int | None] | None:
-        profiler.stop()
-        watched.clear()
-        assert profiler.profiler is not None
-        changes = _changes(profiler.profiler.kineto_results)
+    def __init__(self, storages: Storages) -> None:
+        known = [storage for group in storages.values() for storage in group]
+        self.before_bytes = sum(storage.nbytes() for storage in known)
+        self.known = {storage.data_ptr() for storage in known}
+        self.freed: list[tuple[int, int]] = []
+        self.watched = [weakref.ref(storage, partial(_note, self.freed, storage.nbytes())) for storage in known]
+        self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self.profiler.start()
+        torch.empty(MARKER_BYTES, dtype=torch.uint8)
+
+    def stop(self) -> None:
+        """Ends the recording."""
+        self.profiler.stop()
+        self.watched.clear()
+
+    def peak(self, end: _End) -> tuple[int, int | None, int | None]:
+        """The most bytes in use; RuntimeError where another profiler took over meanwhile, and PyTorch dropped this."""
+        assert self.profiler.profiler is not None
+        changes, made = _changes(self.profiler.profiler.kineto_results)
         if not changes or changes[0][1] != MARKER_BYTES:
-            return None  # another profiler was started meanwhile, and PyTorch dropped this one
-        return before + max(accumulate(size for _, size in sorted([*changes, *freed]))), None
+            raise RuntimeError("another profiler was started within the step: nothing was measured")
+        states = [size for address, size in end.states.items() if address not in self.known | made]
+        before_bytes = self.before_bytes + sum(states)
+        peak_bytes = before_bytes + max(accumulate(size for _, size in sorted([*changes, *self.freed])))
+        return peak_bytes, None, None
 
-    return stop
 
-
-def _changes(results: Any) -> list[tuple[int, int]]:
-    """What was allocated and freed, as (nanoseconds, bytes) in order.
+def _changes(results: Any) -> tuple[list[tuple[int, int]], set[int]]:
+    """What was allocated and freed, as (nanoseconds, bytes) in order, and the addresses of what was not freed.
 
     By address: the profiler also reports the end of what it takes for a tensor of an earlier profile.
     """
@@ -185,7 +167,7 @@ def _changes(results: Any) -> list[tuple[int, int]]:
             changes.append((nanoseconds, size))
         elif address in sizes:
             changes.append((nanoseconds, -sizes.pop(address)))
-    return changes
+    return changes, set(sizes)
 
 
 def _note(freed: list[tuple[int, int]], size: int, _: Any) -> None:
@@ -204,7 +186,7 @@ def _holds(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> bool:
 
 
 def _storages(
-    model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer], device: torch.device
+    model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer], device: torch.device
 ) -> dict[str, list[torch.UntypedStorage]]:
     """The storages of a model and its optimizers on a device by category, each once."""
     own = {id(parameter) for parameter in model.parameters()}

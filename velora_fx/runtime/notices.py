@@ -15,13 +15,13 @@ class Named(Protocol):
 
 
 class Notices:
-    """The warnings of the regions of one model; `target` is what its plan is for, None if anything will do.
+    """The warnings of the regions of one model; `compiled` tells what its plan is for, None if anything will do.
 
     A copy of the model has its own, which begin with what was said before.
     """
 
-    def __init__(self, target: str | None) -> None:
-        self.target = target
+    def __init__(self, compiled: bool | None) -> None:
+        self.compiled = compiled
         self.said: set[str] = set()
         self.eager_calls: dict[str, int] = {}
 
@@ -38,11 +38,11 @@ class Notices:
     def check_target(self, region: Named) -> None:
         """Warns of a region that runs otherwise than it was planned for, but for a first step before it is compiled."""
         if torch.compiler.is_compiling():
-            if self.target == "eager":
+            if self.compiled is False:
                 from torch._dynamo.comptime import comptime
 
                 comptime(_say_compiled)
-        elif self.target == "inductor":
+        elif self.compiled:
             calls = self.eager_calls[region.name] = self.eager_calls.get(region.name, 0) + 1
             if calls == ENOUGH_EAGER_CALLS:
                 self.say(region.name, EAGER)
@@ -51,11 +51,11 @@ class Notices:
 ENOUGH_EAGER_CALLS = 4  # two steps of a block that is called once more by a checkpoint
 EAGER = (
     "runs eagerly, which keeps other tensors than the compiled step that was planned for: compile the model with "
-    "torch.compile, or plan with target='eager'"
+    "torch.compile, or plan with compiled=False"
 )
 COMPILED = (
     "runs under torch.compile, where other tensors are kept than in the eager step that was planned for: plan with "
-    "target='inductor'"
+    "velora_fx.optimize(..., compiled=True)"
 )
 
 

@@ -24,7 +24,7 @@ def batch() -> dict[str, Tensor]:
 
 def test_the_peak_is_the_allocators_untouched_and_compressed() -> None:
     model = without_dropout(stack(num_blocks=4))
-    analysis = predict(model, batch(), target="inductor").analysis
+    analysis = predict(model, batch(), compiled=True).analysis
     sizes = {candidate.key: candidate.sizes[-1] for candidate in analysis.candidates}
     compressed = copy.deepcopy(model)
     install(compressed, analysis.region_plans(sizes), seed=0)
@@ -38,7 +38,7 @@ def test_the_peak_is_the_allocators_untouched_and_compressed() -> None:
 def test_blocks_that_fill_a_cache_return_keys_and_values_that_live_as_long_as_it(name: str) -> None:
     case = next(case for case in zoo.ZOO if case.name == name)
     model, inputs = case.build(), case.batch(16, 32)
-    analysis = predict(model, inputs, target="inductor", loss_fn=zoo.loss_of).analysis
+    analysis = predict(model, inputs, compiled=True, loss_fn=zoo.loss_of).analysis
     assert_near(
         analysis.peak(Actions(), by_blocks=True).peak_bytes,
         measured_peak(model, inputs, "blocks", zoo.loss_of),
@@ -57,7 +57,7 @@ class Checkpointing(Stack):
 def test_compiled_blocks_inside_of_checkpoints_run_twice() -> None:
     torch.manual_seed(0)
     model = without_dropout(Checkpointing(3))
-    analysis = predict(model, batch(), target="inductor").analysis
+    analysis = predict(model, batch(), compiled=True).analysis
     peak = analysis.peak(Actions(), by_blocks=True)
     assert_near(peak.peak_bytes, measured_peak(model, batch(), "blocks"), "blocks")
 
@@ -69,11 +69,11 @@ def note_of(plan: velora_fx.Plan) -> str:
 @pytest.mark.slow
 def test_the_plan_says_for_which_way_of_compiling_its_figures_are_where_they_differ() -> None:
     model = without_dropout(stack(num_blocks=4))
-    plan = velora_fx.plan(model, None, batch(), target="inductor", optimizer="sgd")
+    plan = velora_fx.plan(model, None, batch(), compiled=True, optimizer="sgd")
     assert not note_of(plan)  # alike within one hundredth
     torch.manual_seed(0)
     checkpointing = without_dropout(Checkpointing(3))
-    plan = velora_fx.plan(checkpointing, None, batch(), target="inductor", optimizer="sgd")
+    plan = velora_fx.plan(checkpointing, None, batch(), compiled=True, optimizer="sgd")
     assert note_of(plan).startswith("all figures are for torch.compile(model); with each block compiled by itself")
 
 
@@ -82,5 +82,5 @@ def test_a_model_in_which_nothing_repeats_and_an_eager_plan_have_no_such_note() 
     single = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 4))
     for target, model in (("inductor", single), ("eager", without_dropout(stack()))):
         name = "x" if target == "eager" else "input"
-        plan = velora_fx.plan(model, None, {name: rows(32, 64)}, target=target, optimizer="sgd")
+        plan = velora_fx.plan(model, None, {name: rows(32, 64)}, compiled=target == "inductor", optimizer="sgd")
         assert not note_of(plan)

@@ -87,7 +87,7 @@ class Odd(Stack):
 def test_a_model_that_branches_on_an_activation_is_refused_with_the_place() -> None:
     torch.manual_seed(0)
     with pytest.raises(ValueError, match=r"its forward asks for some.*test_compiled\.py.*float\(x\.norm\(\)\)"):
-        predict(Odd(2).train(), {"x": rows()}, target="inductor")
+        predict(Odd(2).train(), {"x": rows()}, compiled=True)
 
 
 class Hooking(Stack):
@@ -100,8 +100,8 @@ class Hooking(Stack):
 
 def test_a_model_that_cannot_be_traced_as_a_whole_is_refused_with_the_way_out() -> None:
     torch.manual_seed(0)
-    with pytest.raises(ValueError, match=r"cannot be traced as a whole .*register_hook.*: use target='eager'"):
-        predict(Hooking(2).train(), {"x": rows().requires_grad_()}, target="inductor")
+    with pytest.raises(ValueError, match=r"cannot be traced as a whole .*register_hook.*: use compiled=False"):
+        predict(Hooking(2).train(), {"x": rows().requires_grad_()}, compiled=True)
 
 
 class Unusual(Stack):
@@ -111,14 +111,14 @@ class Unusual(Stack):
 
 def test_a_model_that_returns_something_unusual_is_refused_with_the_way_out() -> None:
     torch.manual_seed(0)
-    with pytest.raises(ValueError, match="returns a Generator: use target='eager'"):
+    with pytest.raises(ValueError, match="returns a Generator: use compiled=False"):
         compiled(Unusual(2).train())
 
 
 def test_a_deep_models_peak_is_the_real_allocators() -> None:
     model = without_dropout(stack(num_blocks=7))
     batch = {"x": rows(16, 64)}
-    predicted = predict(model, batch, target="inductor")
+    predicted = predict(model, batch, compiled=True)
     # Between the inner blocks nothing is fused; beyond them Inductor lets the sums of a few blocks wait.
     assert abs(predicted.untouched_bytes / measured_peak(model, batch, "inductor") - 1) < 0.05
 
@@ -131,7 +131,7 @@ def test_a_mask_that_all_attentions_use_is_made_and_kept_once() -> None:
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).train()
     ids = torch.randint(64, (8, 256))
     batch = {"input_ids": ids, "labels": ids}
-    predicted = predict(model, batch, target="inductor", loss_fn=loss_of)
+    predicted = predict(model, batch, compiled=True, loss_fn=loss_of)
     assert_near(predicted.untouched_bytes, measured_peak(model, batch, "inductor", loss_of), "inductor")
     first_half = {c.key: 2 for c in predicted.analysis.candidates if c.region < "model.layers.5"}
     for peak in (predicted.analysis.untouched.peak, predicted.analysis.peak(Actions(first_half))):
@@ -142,7 +142,7 @@ def test_a_mask_that_all_attentions_use_is_made_and_kept_once() -> None:
 def test_the_compilers_padding_of_products_hides_no_input() -> None:
     """As on a GPU, where widths and rows that are odd are padded."""
     model, batch = without_dropout(stack(num_blocks=2, width=33)), {"x": rows(63, 9, 33)}
-    plain = predict(model, batch, target="inductor").analysis
+    plain = predict(model, batch, compiled=True).analysis
     with padded_products():
         padded = assert_predicted(model, batch, "inductor").analysis
     shapes = [[(c.consumers, [s.shape for s in c.savings]) for c in a.candidates] for a in (plain, padded)]

@@ -97,8 +97,8 @@ def trace(
     except Exception as error:
         reason = error if isinstance(error, CaptureError) else f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"target='inductor' plans for torch.compile(model), and this model cannot be traced as a whole ({reason}): "
-            "use target='eager'"
+            f"compiled=True plans for torch.compile(model), and this model cannot be traced as a whole ({reason}): "
+            "use compiled=False"
         ) from error
     kinds = [_kind_of(leaf) for leaf in result["leaves"]]
     gm = run(plain_graph_module(program, list(state)), PREPARE)
@@ -116,9 +116,7 @@ def _kind_of(leaf: Any) -> Any:
         return _CACHE
     if isinstance(leaf, CONSTANTS):
         return leaf
-    raise ValueError(
-        f"target='inductor' cannot plan for a model that returns a {type(leaf).__name__}: use target='eager'"
-    )
+    raise ValueError(f"compiled=True cannot plan for a model that returns a {type(leaf).__name__}: use compiled=False")
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:
