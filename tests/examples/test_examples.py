@@ -16,7 +16,7 @@ PEAKS = re.compile(r"peak: untouched ([\d.]+) MiB, predicted ([\d.]+) MiB, measu
 LOSSES = re.compile(r"loss ([\d.]+) -> ([\d.]+)")
 TESTED = {
     "plain_loop.py": r"compressed [1-9]\d* of \d+ matmul inputs",
-    "compiled.py": r"gradients of [1-9]\d* weights are approximate",
+    "compiled.py": r"compressed [1-9]\d* of \d+ matmul inputs",
     "lora_peft.py": r"gradients of [1-9]\d* weights are approximate, for example of .*lora_[AB]",
     "huggingface_trainer.py": r"gradients of [1-9]\d* weights are approximate",
     "factored.py": r"gradients and AdamW's moments of [1-9]\d* weights are ([2-9]|\d\d+)\.\d times smaller",
