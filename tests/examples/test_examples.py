@@ -24,6 +24,8 @@ TESTED = {
 }
 WITHOUT_PEAKS = ("huggingface_trainer.py", "fsdp2.py")  # a Trainer's step is its own; a plan is of the unsharded model
 
+LONG = ("compiled.py", "fsdp2.py")
+
 
 def printed_by(name: str) -> str:
     """What an example prints in a process of its own, without the network."""
@@ -36,7 +38,9 @@ def printed_by(name: str) -> str:
     return run.stdout
 
 
-@pytest.mark.parametrize("name", TESTED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in TESTED]
+)
 def test_an_example_trains_with_compression(name: str) -> None:
     text = printed_by(name)
     assert re.search(TESTED[name], text), text
