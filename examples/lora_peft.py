@@ -9,7 +9,7 @@ import velora_fx
 MIB = 2**20
 torch.manual_seed(0)
 config = LlamaConfig(
-    vocab_size=256, hidden_size=128, intermediate_size=352, num_hidden_layers=3, num_attention_heads=4, use_cache=False
+    vocab_size=256, hidden_size=128, intermediate_size=352, num_hidden_layers=2, num_attention_heads=4, use_cache=False
 )
 linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 adapters = LoraConfig(r=8, target_modules=linears, task_type="CAUSAL_LM")
