@@ -22,6 +22,7 @@ from velora_fx.runtime import (
     STATE,
     BatchWatch,
     Checkpointed,
+    FactoredRegion,
     Folding,
     Measurement,
     Region,
@@ -141,7 +142,7 @@ def take_out(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
         state = vars(module).pop(STATE, None)
         if isinstance(state, Installed) and state.measurement is not None:
             state.measurement.cancel()
-    foldings = {s.listener for s in taken if isinstance(s, Region) and isinstance(s.listener, Folding)}
+    foldings = {s.listener for s in taken if isinstance(s, FactoredRegion) and isinstance(s.listener, Folding)}
     unwatch(model)
     carriers = remove_carriers(model)
     for folding in foldings:
