@@ -50,6 +50,9 @@ def _check_widths(x: Tensor, v: Tensor) -> None:
 
 
 def _check_alike(operator: str, **tensors: Tensor | None) -> None:
+    kinds = {(tensor.dtype, tensor.device) for tensor in tensors.values() if tensor is not None}
+    if len(kinds) == 1 and next(iter(kinds))[0] in DTYPES:
+        return
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     if any([tensor.dtype not in DTYPES for tensor in given.values()]):
         got = ", ".join(f"{name} of {tensor.dtype}" for name, tensor in given.items())

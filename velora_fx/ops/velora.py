@@ -38,7 +38,7 @@ def compress(x: Tensor, v: Tensor) -> Tensor:
         z: Tensor = torch.ops.velora.compress.default(x, v)
         return z
     kernel = _compress_cuda if x.is_cuda else _compress_cpu
-    with torch.no_grad():
+    with torch._C._AutoDispatchBelowAutograd():
         z = kernel(x, v)
     return z
 
@@ -57,7 +57,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, v: Tensor,
         return y
     if torch.is_autocast_enabled(x.device.type):
         x, weight, bias = _cast_for(x.device.type, x, weight, bias)
-    y = _Linear.apply(x, weight, bias, z, v, carrier)  # type: ignore[no-untyped-call]
+    y = _apply(x, weight, bias, z, v, carrier)
     return y
 
 
@@ -241,6 +241,10 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return _linear_backward(ctx, dy)
+
+
+# What `_Linear.apply` calls once it has made sure of what `_is_followed` tells.
+_apply: Callable[..., Tensor] = super(torch.autograd.Function, _Linear).apply
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
