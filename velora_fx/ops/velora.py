@@ -28,6 +28,9 @@ from velora_fx.ops.plain import compress_blocks, compress_reference, expand_refe
 _PLAIN = (Tensor, Parameter, type(None))
 
 
+__all__ = ["FUNCTIONS", "compress", "compress_reference", "expand", "expand_reference", "linear"]
+
+
 def compress(x: Tensor, v: Tensor) -> Tensor:
     """Projects every sub-token of x on its row of v: z[..., g] = <x[..., g*M:(g+1)*M], v[g]> (section 3.1).
 
@@ -81,7 +84,9 @@ def _is_followed(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return True
-    if torch._C._len_torch_dispatch_stack() or _len_torch_dispatch_stack_pre_dispatch() or torch._C._is_tracing():
+    if torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
+        return True
+    if _len_torch_dispatch_stack_pre_dispatch():  # type: ignore[no-untyped-call]
         return True
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return True
