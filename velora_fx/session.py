@@ -23,6 +23,7 @@ from velora_fx.runtime import (
     STATE,
     BatchWatch,
     Checkpointed,
+    FactoredRegion,
     Folding,
     Region,
     StandIn,
@@ -126,7 +127,7 @@ def take_out(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     taken = uninstall(model)
     for module in model.modules():
         vars(module).pop(STATE, None)
-    foldings = {s.listener for s in taken if isinstance(s, Region) and isinstance(s.listener, Folding)}
+    foldings = {s.listener for s in taken if isinstance(s, FactoredRegion) and isinstance(s.listener, Folding)}
     unwatch(model)
     carriers = remove_carriers(model)
     for folding in foldings:

@@ -572,3 +572,22 @@ def test_forward_mode_derivatives_are_refused_and_not_zero():
         layer(x)  # nothing to differentiate
         with pytest.raises(NotImplementedError, match="velora::linear has no forward-mode derivative"):
             layer(forward_ad.make_dual(x, x))
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_a_graph_traced_from_real_tensors_that_want_gradients_holds_the_operators(pre_dispatch):
+    s = sample()
+    gm = make_fx(lambda x: velora(SimpleNamespace(**{**vars(s), "x": x})), pre_dispatch=pre_dispatch)(s.x)
+    assert {"velora.compress.default", "velora.linear.default"} <= set(operators(gm.graph))
+
+
+def test_in_eager_mode_the_functions_are_the_operators_bit_for_bit():
+    s = sample()
+    names = ("x", "weight", "bias", "carrier")
+    z = torch.ops.velora.compress.default(s.x, s.v)
+    operator = torch.ops.velora.linear.default(s.x, s.weight, s.bias, z, s.v, s.carrier)
+    y = velora(s)
+    assert y.grad_fn is not None and type(y.grad_fn) is not type(operator.grad_fn)
+    assert torch.equal(compress(s.x, s.v), z) and torch.equal(y, operator)
+    for ours, theirs in zip(gradients(y, s, names), gradients(operator, s, names), strict=True):
+        assert torch.equal(ours, theirs)

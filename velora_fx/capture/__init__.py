@@ -4,6 +4,7 @@ from velora_fx.capture.arguments import (
     CONSTANTS,
     example_call,
     flatten,
+    is_cache,
     named_tensors,
     parameter_names,
     tensors_inside,
@@ -25,6 +26,7 @@ from velora_fx.capture.graphs import (
     merge_graph,
     with_frozen,
 )
+from velora_fx.capture.live_block import LiveBlock, Seen
 from velora_fx.capture.refusals import CaptureError, autocast_depth, refusals
 from velora_fx.capture.state import (
     attached_tensors,
@@ -43,7 +45,9 @@ __all__ = [
     "Captured",
     "Checkpoint",
     "ContextFn",
+    "LiveBlock",
     "RegionGraph",
+    "Seen",
     "attached_tensors",
     "attached_to",
     "autocast_depth",
@@ -60,6 +64,7 @@ __all__ = [
     "has_replaced_forwards",
     "has_trainable_matrix",
     "inlined_checkpoints",
+    "is_cache",
     "isolated",
     "key_of",
     "leave_out",

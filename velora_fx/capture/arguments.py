@@ -51,9 +51,15 @@ def without_empty_caches(
     )
 
 
+def is_cache(value: Any) -> bool:
+    """True for a key-value cache."""
+    if value is None or isinstance(value, torch.Tensor):
+        return False
+    return hasattr(value, "get_seq_length") and hasattr(value, "update")
+
+
 def _is_empty_cache(value: Any, layer: int) -> bool:
-    is_cache = hasattr(value, "get_seq_length") and hasattr(value, "update")
-    return is_cache and int(value.get_seq_length(layer)) == 0
+    return is_cache(value) and int(value.get_seq_length(layer)) == 0
 
 
 def parameter_names(module: torch.nn.Module) -> tuple[str, ...]:

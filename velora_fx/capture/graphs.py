@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +17,9 @@ from velora_fx.capture.arguments import unflatten
 from velora_fx.capture.checkpoints import Checkpoint
 from velora_fx.capture.export import Captured, capture
 from velora_fx.capture.graph_pickle import graph_from_data, graph_to_data
+from velora_fx.capture.live_block import key_of_modules, key_of_state
 from velora_fx.passes import PREPARE, run
+from velora_fx.passes.for_eager import for_eager
 
 PRIMITIVES = (type(None), bool, int, float, str)
 
@@ -53,11 +57,20 @@ class Attribute:
     name: str
     value: Any
     fields: Mapping[str, Any]
+    path: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    is_plain: bool = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", tuple(filter(None, self.module.split("."))))
+        object.__setattr__(self, "is_plain", _is_plain(self.value))
 
     def is_same(self, module: torch.nn.Module, exact: bool) -> bool:
         """True if the module's attribute is what it was; `exact` also compares the identity of objects."""
-        live = getattr(module.get_submodule(self.module), self.name)
-        if _is_plain(self.value):
+        owner: Any = module
+        for name in self.path:
+            owner = owner._modules[name]
+        live = getattr(owner, self.name)
+        if self.is_plain:
             return bool(live == self.value)
         if exact and live is not self.value:
             return False
@@ -68,7 +81,7 @@ class Attribute:
     def changed_in(self, module: torch.nn.Module) -> str:
         """What the module's attribute is by now, in words."""
         live, full = getattr(module.get_submodule(self.module), self.name), f"{self.module}.{self.name}".lstrip(".")
-        return f"{full} is {live}, not {self.value}" if _is_plain(self.value) else f"{full} changed"
+        return f"{full} is {live}, not {self.value}" if self.is_plain else f"{full} changed"
 
 
 @dataclass(eq=False)
@@ -83,7 +96,10 @@ class RegionGraph:
     def __post_init__(self) -> None:
         guards = self.captured.guards if self.captured else ()
         names = {"Mod": lambda a, b: a % b, "Max": max, "Min": min, "math": math, "torch": torch}
-        self.fits: Callable[[list[torch.Tensor]], bool] = eval(f"lambda ts: {' and '.join(guards) or True}", names)
+        # Sizes are asked for once: fits(ts) takes them apart for the guards, which are about most of the tensors.
+        text = re.sub(r"\bts\[(\d+)\]\.size\(\)", r"sizes[\1]", " and ".join(guards) or "True")
+        condition = eval(f"lambda ts, sizes: {text}", names)
+        self.fits: Callable[[list[torch.Tensor]], bool] = lambda ts: condition(ts, [t.size() for t in ts])
 
     def __getstate__(self) -> dict[str, Any]:
         captured = self.captured
@@ -104,6 +120,13 @@ class RegionGraph:
     def gm(self) -> GraphModule | None:
         """The graph, or None."""
         return self.captured.gm if self.captured else None
+
+    @cached_property
+    def eager(self) -> Callable[..., Any]:
+        """The graph as a function for calls that nothing traces."""
+        assert self.gm is not None
+        forward: Callable[..., Any] = for_eager(self.gm).forward
+        return forward
 
     @property
     def checkpoint(self) -> Checkpoint | None:
@@ -136,13 +159,17 @@ class RegionGraph:
         return unflatten(self.captured.outputs, leaves)
 
 
-def key_of(call: Call) -> tuple[Any, ...]:
-    """What must be the same for a graph to stand for a call, sizes and plain attributes apart."""
+def key_of(call: Call, of_block: tuple[Any, ...] | None = None) -> tuple[Any, ...]:
+    """What must be the same for a graph to stand for a call, sizes and plain attributes apart.
+
+    `of_block` is what a key says of the block, where that is known.
+    """
+    modules, state = of_block or (key_of_modules(call.module), key_of_state(call.state))
     return (
         call.structure,
         tuple([describe_leaf(leaf) for leaf in call.leaves]),
-        tuple([(n, type(m), m.training, bool(n) and "forward" in vars(m)) for n, m in call.module.named_modules()]),
-        tuple([(name, t.dtype, t.device.type, t.device.index, t.requires_grad) for name, t in call.state.items()]),
+        modules,
+        state,
         tuple([(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]),
         _aliases(call.leaves),
     )

@@ -6,6 +6,7 @@ from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_OPERANDS = ("weight", "bias", "z", "carrier")
 
 
 def check_compress(x: Tensor, v: Tensor) -> None:
@@ -30,12 +31,8 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, v: T
     """
     _check_widths(x, v)
     features, out, groups = x.shape[-1:], weight.shape[:1], v.shape[:1]
-    for name, tensor, shape in (
-        ("weight", weight, out + features),
-        ("bias", bias, out),
-        ("z", z, x.shape[:-1] + groups),
-        ("carrier", carrier, out + groups),
-    ):
+    shapes = out + features, out, x.shape[:-1] + groups, out + groups
+    for name, tensor, shape in zip(_OPERANDS, (weight, bias, z, carrier), shapes, strict=True):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(
                 f"velora::linear: got {name} {[*tensor.shape]}; allowed: {[*shape]}, "
@@ -53,13 +50,15 @@ def _check_widths(x: Tensor, v: Tensor) -> None:
 
 
 def _check_alike(operator: str, **tensors: Tensor | None) -> None:
+    kinds = {(tensor.dtype, tensor.device) for tensor in tensors.values() if tensor is not None}
+    if len(kinds) == 1 and next(iter(kinds))[0] in DTYPES:
+        return
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    if not all(tensor.dtype in DTYPES for tensor in given.values()):
+    if any([tensor.dtype not in DTYPES for tensor in given.values()]):
         got = ", ".join(f"{name} of {tensor.dtype}" for name, tensor in given.items())
         raise ValueError(f"velora::{operator}: got {got}; allowed: {', '.join(map(str, DTYPES))}")
-    devices = {name: tensor.device for name, tensor in given.items()}
-    if len(set(devices.values())) > 1:
-        got = ", ".join(f"{name} on {device}" for name, device in devices.items())
+    if len({tensor.device for tensor in given.values()}) > 1:
+        got = ", ".join(f"{name} on {tensor.device}" for name, tensor in given.items())
         raise ValueError(f"velora::{operator}: got {got}; allowed: all on one device")
 
 

@@ -7,22 +7,28 @@ projections ``z[n, g] = <x[n, g, :], v>`` and rebuilds ``x̂ = z ⊗ v`` in the 
 not depend on the row n, so ``dYᵀ x̂ = (dYᵀ z) ⊗ v``, the same number with 1/M of the work.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
-from itertools import islice
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from velora_fx.ops.checks import check_compress, check_expand, check_linear
+from velora_fx.ops.plain import compress_blocks, compress_reference, expand_reference
 
-_BLOCK_BYTES = 2**19
+_PLAIN = (Tensor, Parameter, type(None))
+
+
+__all__ = ["FUNCTIONS", "compress", "compress_reference", "expand", "expand_reference", "linear"]
 
 
 def compress(x: Tensor, v: Tensor) -> Tensor:
@@ -31,7 +37,12 @@ def compress(x: Tensor, v: Tensor) -> Tensor:
     x [..., D] and v [G, M], G * M = D, on one device, of float64, float32, bfloat16 or float16 each; returns z [..., G]
     in x's dtype, summed in float32 or better. Not differentiable: z never requires a gradient. ValueError otherwise.
     """
-    z: Tensor = torch.ops.velora.compress.default(x, v)
+    if _is_followed(x, v):
+        z: Tensor = torch.ops.velora.compress.default(x, v)
+        return z
+    kernel = _compress_cuda if x.is_cuda else _compress_cpu
+    with torch._C._AutoDispatchBelowAutograd():
+        z = kernel(x, v)
     return z
 
 
@@ -44,7 +55,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, v: Tensor,
     if x wants a gradient, z if weight or carrier does, v if the weight does, and never x. ValueError for other shapes,
     dtypes than those of `compress`, or several devices; NotImplementedError for derivatives in forward mode.
     """
-    y: Tensor = torch.ops.velora.linear.default(x, weight, bias, z, v, carrier)
+    if _is_followed(x, weight, bias, z, v, carrier):
+        y: Tensor = torch.ops.velora.linear.default(x, weight, bias, z, v, carrier)
+        return y
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight, bias = _cast_for(x.device.type, x, weight, bias)
+    y = _apply(x, weight, bias, z, v, carrier)
     return y
 
 
@@ -55,38 +71,29 @@ def expand(factor: Tensor, v: Tensor, transposed: bool) -> Tensor:
     With `transposed` it has the strides of a transposed matrix, as a transposed weight's gradient needs them. Not
     differentiable. ValueError for other shapes, dtypes than those of `compress`, or several devices.
     """
-    dweight: Tensor = torch.ops.velora.expand.default(factor, v, transposed)
-    return dweight
+    if torch.is_grad_enabled() or _is_followed(factor, v):
+        dweight: Tensor = torch.ops.velora.expand.default(factor, v, transposed)
+        return dweight
+    return _expand_cuda(factor, v, transposed) if factor.is_cuda else expand_reference(factor, v, transposed)
 
 
-def compress_reference(x: Tensor, v: Tensor) -> Tensor:
-    """``compress`` in plain ATen: what compilers see, and the kernel of every device that has no own one.
+def _is_followed(*tensors: Tensor | None) -> bool:
+    """True where a call has to be the operator: where a compiler, a mode, a subclass or a transform looks at it.
 
-    Run eagerly it makes an [..., D] temporary of float32 or better.
+    Elsewhere the same code runs without PyTorch's wrapper around operators from Python, which costs 0.3 ms a call.
     """
-    check_compress(x, v)
-    accumulator = torch.promote_types(x.dtype, torch.float32)
-    v = v if v.dtype == accumulator else v.to(accumulator)  # else it is followed as a new tensor
-    groups = x.view(*x.shape[:-1], *v.shape)
-    return (groups.to(accumulator) * v).sum(-1).to(x.dtype)
-
-
-def expand_reference(factor: Tensor, v: Tensor, transposed: bool) -> Tensor:
-    """``expand`` in plain ATen, with no wider temporary of the result's size.
-
-    Where v is more precise than the factor it is split in two, v = high + low: rounding v would scale whole columns of
-    the gradient wrongly, while addcmul_ works in float32 inside and rounds once. The product with the low part is kept
-    finite, so that infinity times v is infinity: it is never added to its opposite, nor multiplied by a low part of 0.
-    """
-    check_expand(factor, v)
-    factor, v = (factor.t().unsqueeze(1), v.unsqueeze(-1)) if transposed else (factor.unsqueeze(-1), v)
-    high = v.to(factor.dtype)
-    if torch.promote_types(v.dtype, factor.dtype) == factor.dtype:
-        product = factor * high
-    else:
-        largest = torch.finfo(factor.dtype).max
-        product = (factor.clamp(-largest, largest) * (v - high).to(factor.dtype)).addcmul_(factor, high)
-    return product.flatten(0, 1).t() if transposed else product.flatten(1)
+    if torch.compiler.is_compiling():
+        return True
+    if torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
+        return True
+    if _len_torch_dispatch_stack_pre_dispatch():  # type: ignore[no-untyped-call]
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return True
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN or not (tensor is None or tensor.is_cpu or tensor.is_cuda):
+            return True
+    return False
 
 
 def _linear_forward(
@@ -132,31 +139,6 @@ def _expand_cuda(factor: Tensor, v: Tensor, transposed: bool) -> Tensor:
         return kernel.expand(factor, v, transposed)
 
 
-def compress_blocks(x: Tensor, v: Tensor, num_blocks: int | None) -> Tensor:
-    """The kernel for CPUs, for the first blocks of rows only: the first takes as much memory as any other."""
-    check_compress(x, v)
-    accumulator = torch.promote_types(x.dtype, torch.float32)
-    v = v if v.dtype == accumulator else v.to(accumulator)
-    rows = max(1, _BLOCK_BYTES // max(1, v.numel() * accumulator.itemsize))
-    z = x.new_empty(*x.shape[:-1], v.shape[0])
-    for x_block, z_block in islice(_row_blocks(x.view(*x.shape[:-1], *v.shape), z, rows), num_blocks):
-        # One expression, so that a block dies before the next is made; in low precision the cast made a copy to reuse.
-        z_block.copy_((x_block * v if x.dtype == accumulator else x_block.to(accumulator).mul_(v)).sum(-1))
-    return z
-
-
-def _row_blocks(x: Tensor, z: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Views of x [..., G, M] and z [..., G] of at most ``rows`` rows each; to flatten a strided x would copy it."""
-    if x.dim() == 2:
-        yield x, z
-    elif (rows_inside := max(1, prod(x.shape[1:-2]))) <= rows:
-        step = rows // rows_inside
-        yield from zip(torch.split(x, step), torch.split(z, step), strict=True)
-    else:
-        for x_part, z_part in zip(x, z, strict=True):
-            yield from _row_blocks(x_part, z_part, rows)
-
-
 @_COMPRESS.register_fake
 def _compress_fake(x: Tensor, v: Tensor) -> Tensor:
     check_compress(x, v)
@@ -184,6 +166,29 @@ def _compress_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> 
 
 def _compress_backward(ctx: Any, dz: Tensor) -> tuple[None, None]:
     return None, None
+
+
+class _Linear(torch.autograd.Function):
+    """``velora::linear`` where nothing follows it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, v: Tensor, carrier: Tensor | None
+    ) -> Tensor:
+        check_linear(x, weight, bias, z, v, carrier)
+        _linear_setup(ctx, (x, weight, bias, z, v, carrier), x)
+        y = F.linear(x, weight, bias)
+        if y._is_view():
+            y = torch.ops.aten._unsafe_view.default(y, y.shape)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _linear_backward(ctx, dy)
+
+
+# What `_Linear.apply` calls once it has made sure of what `_is_followed` tells.
+_apply: Callable[..., Tensor] = super(torch.autograd.Function, _Linear).apply
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -230,13 +235,18 @@ def _decomposed_into(plain: Callable[..., Tensor]) -> Callable[..., Any]:
 
 def _autocast(device_type: str, key: torch._C.DispatchKey) -> Callable[..., Tensor]:
     def kernel(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, v: Tensor, carrier: Tensor | None) -> Tensor:
-        dtype = torch.get_autocast_dtype(device_type)
-        x, weight = _autocast_to(dtype, x), _autocast_to(dtype, weight)
-        bias = bias if bias is None else _autocast_to(dtype, bias)
+        x, weight, bias = _cast_for(device_type, x, weight, bias)
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            return linear(x, weight, bias, z, v, carrier)
+            y: Tensor = torch.ops.velora.linear.default(x, weight, bias, z, v, carrier)
+            return y
 
     return kernel
+
+
+def _cast_for(device_type: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What autocast has a linear take; z, v and the carrier stay as they are."""
+    dtype = torch.get_autocast_dtype(device_type)
+    return _autocast_to(dtype, x), _autocast_to(dtype, weight), bias if bias is None else _autocast_to(dtype, bias)
 
 
 def _autocast_to(dtype: torch.dtype, tensor: Tensor) -> Tensor:
@@ -263,3 +273,8 @@ register_flop_formula(torch.ops.velora.linear)(_linear_flops)
 _AUTOCAST = torch.library.Library("velora", "FRAGMENT")  # type: ignore[no-untyped-call]
 _AUTOCAST.impl("linear", _autocast("cpu", torch._C.DispatchKey.AutocastCPU), "AutocastCPU")  # type: ignore[no-untyped-call]
 _AUTOCAST.impl("linear", _autocast("cuda", torch._C.DispatchKey.AutocastCUDA), "AutocastCUDA")  # type: ignore[no-untyped-call]
+
+FUNCTIONS: Mapping[Any, Callable[..., Tensor]] = {
+    torch.ops.velora.compress.default: compress,
+    torch.ops.velora.linear.default: linear,
+}

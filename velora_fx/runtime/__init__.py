@@ -4,11 +4,13 @@ from velora_fx.runtime.batch_watch import BatchWatch, ModelHook, unwatch, watch_
 from velora_fx.runtime.calibrate import calibrate
 from velora_fx.runtime.carriers import put_back, remove_carriers
 from velora_fx.runtime.checkpointed import CONTEXTS, COSTLY, LEVELS, Checkpointed, Recompute, install_checkpointing
+from velora_fx.runtime.factored_region import FactoredRegion
 from velora_fx.runtime.factored_step import Folding
+from velora_fx.runtime.inner_hooks import hooks_in
 from velora_fx.runtime.install import RegionPlan, install
 from velora_fx.runtime.measure import measured_step
 from velora_fx.runtime.optimizers import OptimizerFactory, optimizer_factory
-from velora_fx.runtime.region import CHECKPOINTED, Region, hooks_in, make_call
+from velora_fx.runtime.region import CHECKPOINTED, Region, make_call
 from velora_fx.runtime.stand_in import STATE, StandIn, uninstall
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "STATE",
     "BatchWatch",
     "Checkpointed",
+    "FactoredRegion",
     "Folding",
     "ModelHook",
     "OptimizerFactory",

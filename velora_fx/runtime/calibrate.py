@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.fx import Interpreter, Node
 
+from velora_fx.capture import key_of
 from velora_fx.ops import mean_projection
 from velora_fx.runtime.region import Region, make_call
 
@@ -43,7 +44,7 @@ class _Calibrator:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         region = self.region
         call = make_call(region.block, args, kwargs)
-        graph = region.graph_for(call)
+        graph = region.graph_for(call, key_of(call))
         if graph is None or graph.gm is None:
             return region.original(*args, **kwargs)
         outputs = _MeanOfInputs(graph.gm, region).run(*call.tensors, *region.placed_on(call.tensors[0].device))

@@ -9,10 +9,10 @@ import torch
 
 from velora_fx.capture import carriers_of, leave_out, own_carriers
 from velora_fx.passes.swap import CARRIER
-from velora_fx.runtime.region import Region
+from velora_fx.runtime.factored_region import FactoredRegion
 
 
-def add_carriers(region: Region) -> None:
+def add_carriers(region: FactoredRegion) -> None:
     """Registers the carriers of a region beside their weights, and freezes the weights: autograd takes the carriers.
 
     State dicts leave them out. ValueError where a weight's module has something else of that name.

@@ -18,8 +18,8 @@ from torch.utils.hooks import RemovableHandle
 from velora_fx.capture import own_carriers
 from velora_fx.ops import fold
 from velora_fx.runtime.exactness import check_exactness, kept_share, settings_of
+from velora_fx.runtime.factored_region import FactoredRegion
 from velora_fx.runtime.optimizers import leave
-from velora_fx.runtime.region import Region
 from velora_fx.runtime.shards import Shard, local_shard
 
 
@@ -65,7 +65,7 @@ class Folding:
     """
 
     def __init__(self) -> None:
-        self.regions: weakref.WeakSet[Region] = weakref.WeakSet()
+        self.regions: weakref.WeakSet[FactoredRegion] = weakref.WeakSet()
         self.retired: dict[int, weakref.ref[torch.Tensor]] = {}
         self.checked: set[tuple[Any, ...]] = set()
         self.steps: dict[int, Step] = {}
@@ -74,7 +74,7 @@ class Folding:
     def __reduce__(self) -> tuple[Any, ...]:
         return Folding, ()  # copies of regions add themselves
 
-    def add(self, region: Region) -> None:
+    def add(self, region: FactoredRegion) -> None:
         """Takes up a region whose carriers are in place."""
         self.regions.add(region)
         self._hold()
@@ -86,7 +86,7 @@ class Folding:
             after.handle = torch_optimizer.register_optimizer_step_post_hook(after)
             self.handles = before.handle, after.handle
 
-    def discard(self, region: Region) -> None:
+    def discard(self, region: FactoredRegion) -> None:
         """Lets a region go, and goes off the optimizers with the last one."""
         self.regions.discard(region)
         if not self.regions and not self.retired:

@@ -11,6 +11,7 @@ from velora_fx.capture import RegionGraph
 from velora_fx.ops import sign_projection
 from velora_fx.passes.swap import Choice
 from velora_fx.runtime.carriers import add_carriers
+from velora_fx.runtime.factored_region import FactoredRegion
 from velora_fx.runtime.factored_step import Folding
 from velora_fx.runtime.notices import Notices
 from velora_fx.runtime.region import Region, rewritten
@@ -45,10 +46,13 @@ def install(
             )
             for choice in plan.choices.values()
         }  # fmt: skip
-        region = Region(name, block, plan.choices, projections, shared[key], notices)
-        if region.carriers:
+        parts = name, block, plan.choices, projections, shared[key], notices
+        region: Region
+        if any(choice.carrier for choice in plan.choices.values()):
+            region = FactoredRegion(*parts, listener=folding)
             add_carriers(region)
-            region.listener = folding
+        else:
+            region = Region(*parts)
         region.install()
         regions.append(region)
     return regions

@@ -85,7 +85,7 @@ class BlockGraphs:
         carriers: Mapping[str, torch.Tensor] = {}
         projections: tuple[torch.Tensor, ...] = ()
         if isinstance(forward, Region):
-            graph = forward.graph_for(call)
+            graph = forward.graph_for(call, key_of(call))
             if graph is not None and graph.gm is not None:
                 own = carriers_of(block)
                 carriers = {carrier: own[carrier] for carrier in forward.carriers}
