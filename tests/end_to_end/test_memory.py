@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import velora_fx
 from tests.helpers.allocator import peak_of
 from tests.helpers.gradients import tightest
+from tests.helpers.peaks import tensor_bytes
 from tests.helpers.toys import Block, rows, stack
 
 
@@ -37,12 +37,6 @@ def batch_of(model: nn.Module) -> dict[str, torch.Tensor]:
     ids = torch.randint(4, 128, (8, 256), generator=torch.Generator().manual_seed(0))
     is_classifier = isinstance(model, hf.BertForSequenceClassification)
     return {"input_ids": ids, "labels": torch.zeros(8, dtype=torch.long) if is_classifier else ids}
-
-
-def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the tensors' storages, shared ones once."""
-    storages = {id(storage): storage for tensor in tensors for storage in [tensor.untyped_storage()]}
-    return sum(storage.nbytes() for storage in storages.values())
 
 
 def measured_peak(

@@ -19,9 +19,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import velora_fx
-from tests.end_to_end.test_memory import measured_peak, tensor_bytes
+from tests.end_to_end.test_memory import measured_peak
 from tests.helpers.allocator import peak_of
 from tests.helpers.gradients import tightest
+from tests.helpers.peaks import tensor_bytes
 from tests.helpers.toys import rows, stack
 from velora_fx.peaks import Curve, Measured, Peak
 from velora_fx.runtime import Measurement
