@@ -93,3 +93,41 @@ def test_where_inner_modules_have_hooks_the_plan_claims_only_what_training_does(
     assert approximate(model, stack()) == {f"{name}.weight" for name in consumers(plan)}
     assert {name.split(".")[1] for name in consumers(plan) if name.startswith("blocks")} == {"0", "1", "2"}
     assert any("blocks.0 could not be captured" in note and "hooks" in note for note in plan.notes)
+
+
+class Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class Quantised(nn.Module):
+    """Multiplies with the weight of a linear that it never calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(Straight.apply(x * 8) / 8, self.inner.weight, self.inner.bias)  # type: ignore[no-untyped-call]
+
+
+class Rounding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(64), Quantised(), nn.Linear(64, 64)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x.square().mean()
+
+
+def test_a_part_that_its_module_never_calls_is_listed() -> None:
+    torch.manual_seed(0)
+    plan = tightest(Rounding().train(), (torch.randn(8, 32, 64),))
+    assert {"blocks.0.1.inner", "blocks.1.1.inner"} <= {item.module for item in plan.skipped}

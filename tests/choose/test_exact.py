@@ -10,9 +10,9 @@ import torch._functorch.config
 from torch import nn
 
 import velora_fx
-from tests.end_to_end.test_memory import tensor_bytes
 from tests.helpers.allocator import peak_of
 from tests.helpers.gradients import assert_same_gradients, tightest
+from tests.helpers.peaks import tensor_bytes
 from tests.helpers.toys import rows, stack, without_dropout
 
 BATCH = (rows(64, 64, 64),)

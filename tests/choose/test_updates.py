@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+import velora_fx
 from tests.helpers.toys import rows, stack
 from velora_fx.analyse import analyse
 from velora_fx.choose.updates import find_freed, updates_of
@@ -46,3 +49,22 @@ def test_without_an_optimizer_only_gradients_are_freed():
     sizes = [candidate.sizes for candidate in analysis.candidates]
     freed = find_freed(analysis.findings, analysis.candidates, sizes)
     assert all((one.first > 0) == (one.item.savings[-1] > 0) for one in freed)
+
+
+class Idle(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = F.gelu(self.used(x))
+        return self.idle(h), h
+
+
+def test_an_optimizer_holds_nothing_for_weights_that_no_loss_depends_on() -> None:
+    torch.manual_seed(0)
+    model = Idle().train()
+    plan = velora_fx.plan(model, None, (torch.randn(8, 32, 64),), loss_fn=lambda output: output[1].square().mean())
+    moments = 2 * sum(parameter.numel() * 4 for parameter in model.used.parameters())
+    steps = 4 * len(list(model.used.parameters()))
+    assert plan.baseline.breakdown["optimizer"] == moments + steps

@@ -129,8 +129,13 @@ def factored(
     return model, plan
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize(("name", "is_before"), [*product(MODELS, [True, False]), *product(TAKEN_APART, [True])])
+@pytest.mark.parametrize(
+    ("name", "is_before", "use_reentrant"),
+    [
+        pytest.param(*case, marks=[pytest.mark.slow] * (case[0] == "hugging face" and case[2]))
+        for case in (*product(MODELS, [True, False], [False, True]), *product(TAKEN_APART, [True], [False, True]))
+    ],
+)
 def test_it_trains_as_the_dense_plan_without_checkpointing_and_keeps_no_more_than_checkpointing_does(
     name: str, use_reentrant: bool, is_before: bool
 ) -> None:

@@ -9,11 +9,12 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import velora_fx
 from tests.helpers.gradients import assert_same_gradients, compressed_weights, step, tightest
-from tests.helpers.peaks import measured_peak, predict
+from tests.helpers.peaks import assert_predicted, measured_peak, predict
 from tests.helpers.zoo import loss_of
 from velora_fx.capture import attached_tensors
 
@@ -128,3 +129,36 @@ def test_lora_on_a_quantised_base_trains_as_untouched_but_for_compressed_weights
 def test_a_quantised_base_is_refused_for_a_compiled_step_with_what_to_do():
     with pytest.raises(ValueError, match=r"MatMul4Bit, an autograd.Function around .*use compiled=False"):
         velora_fx.plan(quantised("4 bits"), None, text(), compiled=True)
+
+
+def test_experts_whose_products_are_written_in_place_can_be_planned_for_and_are_listed() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "head_dim": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    model = hf.GptOssForCausalLM(hf.GptOssConfig(**sizes, **heads, use_cache=False)).train()
+    ids = torch.randint(64, (4, 16))
+    plan = tightest(model, {"input_ids": ids, "labels": ids})
+    assert plan.compressed
+    skipped = {item.module for item in plan.skipped}
+    assert {f"model.layers.{n}.mlp.experts.{w}" for n in (0, 1) for w in ("gate_up_proj", "down_proj")} <= skipped
+
+
+class Masking(nn.Module):
+    """Puts a parameter where a mask is, as SpecAugment does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.randn(64))
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.zeros(x.shape[:2], dtype=torch.bool)
+        mask[:, 2:9] = True
+        h = self.first(x) * 2
+        h[mask] = self.embedding
+        return self.second(F.gelu(h)).square().mean()
+
+
+def test_a_real_mask_among_indices_picks_what_it_picks() -> None:
+    torch.manual_seed(0)
+    assert_predicted(Masking().train(), {"x": torch.randn(8, 32, 64)}, "eager")

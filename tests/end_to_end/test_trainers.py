@@ -71,7 +71,7 @@ def tightest_of(order: str, folder: Path, *args: Any, **options: Any) -> velora_
 @pytest.mark.parametrize(
     "mixed", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float32", "mixed precision"]
 )
-@pytest.mark.parametrize("order", ["before the trainer", "after the trainer"])
+@pytest.mark.parametrize("order", [pytest.param("before the trainer", marks=pytest.mark.slow), "after the trainer"])
 def test_a_model_is_planned_for_what_the_trainer_has_it_run(tmp_path: Path, order: str, mixed: bool) -> None:
     plan, expected = tightest_of(order, tmp_path, bf16=mixed), losses(trainer(llama(), tmp_path, bf16=mixed))
     trained = optimized(order, tmp_path, bf16=mixed, optimize=lambda model: velora_fx.apply(model, plan))

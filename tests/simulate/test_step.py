@@ -107,7 +107,7 @@ class Matching(nn.Module):
 
 
 def test_a_loss_that_takes_its_values_to_numpy_is_refused_with_the_place_and_the_way_out() -> None:
-    with pytest.raises(ValueError, match=r"\.numpy\(\).*test_simulate\.py.*without labels, and loss_fn"):
+    with pytest.raises(ValueError, match=r"\.numpy\(\).*test_step\.py.*without labels, and loss_fn"):
         velora_fx.plan(Matching(), None, (torch.randn(2, 4),))
 
 

@@ -86,7 +86,7 @@ class Odd(Stack):
 
 def test_a_model_that_branches_on_an_activation_is_refused_with_the_place() -> None:
     torch.manual_seed(0)
-    with pytest.raises(ValueError, match=r"its forward asks for some.*test_compiled\.py.*float\(x\.norm\(\)\)"):
+    with pytest.raises(ValueError, match=r"its forward asks for some.*test_program\.py.*float\(x\.norm\(\)\)"):
         predict(Odd(2).train(), {"x": rows()}, compiled=True)
 
 
