@@ -39,7 +39,7 @@ def test_the_help_teaches_with_examples_and_shows_no_path_of_this_machine() -> N
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ("", "ops|step|lora|full7b"),
+        ("", "ops|step|lora|full7b|plan|overhead"),
         ("speed", "invalid choice"),
         ("ops --rows dX", "--rows must be some of compress,expand,fold,dW, got 'dX'"),
         ("ops --repeats many", "--repeats"),
@@ -174,3 +174,18 @@ def test_results_of_operators_are_kept_until_they_fill_the_cache() -> None:
 
     _time(OpRow("expand", "cpu", SMALL, 1e10, 12), [contender], [(torch.ones(1),)])
     assert all(len(set(places[start : start + kept])) == kept for start in range(1, len(places) - kept))
+
+
+def test_the_overhead_of_eager_calls_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["overhead", "--device", "cpu", "--quick", "--repeats", "2", "--rows", "toy", "--results", str(tmp_path)]
+    assert main(given) == 0
+    rows = [json.loads(line) for line in (tmp_path / "overhead.jsonl").read_text().splitlines()]
+    assert [(row["model"], row["tokens"], row["blocks"]) for row in rows] == [("toy", 16, 8), ("toy", 2048, 8)]
+    assert all(row["forward"]["median_seconds"] > 0 for row in rows)
+    assert "ms more for each block" in capsys.readouterr().out
+
+
+def test_the_time_of_a_plan_is_measured(tmp_path: Path) -> None:
+    assert main(["plan", "--rows", "toy-2", "--results", str(tmp_path)]) == 0
+    (row,) = [json.loads(line) for line in (tmp_path / "plan.jsonl").read_text().splitlines()]
+    assert row["seconds"] > 0 and row["error"] is None

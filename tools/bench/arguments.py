@@ -4,6 +4,8 @@
   step   whole training steps against eager, torch.compile, exact recompute by the compiler, and checkpointing
   lora   steps with LoRA adapters against PEFT's LoRA and PEFT's VeLoRA
   full7b all weights of Llama 7B with AdamW in 24 GiB of a GPU, and what plain PyTorch can do there
+  plan   CPU seconds of plans, by model and number of layers, beside the first step of torch.compile
+  overhead  eager calls of compressed blocks over those of dense ones
 
 Nothing is timed before the operators are checked against float64 on this device. Every time is a median with the
 distance between the quartiles (±); every ratio is of one run.
@@ -23,17 +25,20 @@ import torch
 
 from tools.bench.full7b import FULL_CASES, FULL_WAYS, LEAST_STEPS
 from tools.bench.ops import OPERATORS
+from tools.bench.overhead import MODELS
+from tools.bench.planning import PLANS, QUICK_PLANS
 from tools.bench.results import require_appendable
 from tools.bench.ways import LORA_CASES, LORA_WAYS, STEP_CASES, STEP_WAYS
 
 BAD_INPUT = 2
+ROWS_ALONE: dict[str, tuple[str, ...]] = {"ops": OPERATORS, "plan": tuple(PLANS), "overhead": tuple(MODELS)}
 TRAINED = {"step": (STEP_WAYS, STEP_CASES, "compile"), "lora": (LORA_WAYS, LORA_CASES, "lora-compiled")}
 NAMES: dict[str, tuple[Mapping[str, Any], Mapping[str, Mapping[str, Any]]]] = {
     **{name: (ways, cases) for name, (ways, cases, _) in TRAINED.items()}, "full7b": (FULL_WAYS, FULL_CASES),
 }  # fmt: skip
 NEEDS: dict[str, dict[str, str]] = {
     "ops": {}, "step": {"transformers": "5.0"}, "lora": {"transformers": "5.0", "peft": "0.20"},
-    "full7b": {"transformers": "5.0"},
+    "full7b": {"transformers": "5.0"}, "plan": {"transformers": "5.0"}, "overhead": {"transformers": "5.0"},
 }  # fmt: skip
 LEAST = {"repeats": 1, "batch_size": 1, "seq_len": 1, "sub_token_size": 2, "steps": LEAST_STEPS}
 QUICK_CUDA_MODELS = ("llama-130m",)
@@ -46,6 +51,8 @@ rows:
   step   {", ".join(STEP_WAYS)}
   lora   {", ".join(LORA_WAYS)}
   full7b {", ".join(FULL_WAYS)}
+  plan   {", ".join(PLANS)}
+  overhead {", ".join(MODELS)}
   --quick leaves out {", ".join(NOT_QUICK_ROWS)}
 
 models:
@@ -84,8 +91,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(
         "tools/bench", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parsers = parser.add_subparsers(dest="benchmark", required=True, metavar="ops|step|lora|full7b")
-    for name in ("ops", *NAMES):
+    parsers = parser.add_subparsers(dest="benchmark", required=True, metavar="ops|step|lora|full7b|plan|overhead")
+    for name in (*ROWS_ALONE, *NAMES):
         _add_arguments(
             parsers.add_parser(name, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter), name
         )
@@ -123,7 +130,7 @@ def _add_arguments(parser: argparse.ArgumentParser, benchmark: str) -> None:
         add("--quick", action="store_true", help="fewer sizes and repeats: minutes")
         add("--repeats", type=int, metavar="N",
             help="times taken of each row; on CUDA one of a step is the mean of several back to back")  # fmt: skip
-    if benchmark != "ops":
+    if benchmark not in ROWS_ALONE:
         models = "the first of the device" if benchmark == "full7b" else "all of the device"
         add("--models", metavar="NAME,NAME", help=f"of those below (default: {models})")
         add("--batch-size", type=int, metavar="N", help="texts or images of a batch (default: each model's own)")
@@ -135,8 +142,9 @@ def _add_arguments(parser: argparse.ArgumentParser, benchmark: str) -> None:
 
 def _check_names(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Turns lists of names into tuples, all of them by default."""
-    allowed: dict[str, tuple[str, ...]] = {"rows": OPERATORS}
-    if args.benchmark != "ops":
+    if args.benchmark in ROWS_ALONE:
+        allowed = {"rows": ROWS_ALONE[args.benchmark]}
+    else:
         ways, cases = NAMES[args.benchmark]
         allowed = {"rows": tuple(ways), "models": tuple(cases[args.device])}
     for name, values in allowed.items():
@@ -148,5 +156,6 @@ def _check_names(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
             chosen = values[:1] if name == "models" else values
         elif given is None and args.quick:
             chosen = tuple(value for value in chosen if value not in NOT_QUICK_ROWS)
+            chosen = QUICK_PLANS if args.benchmark == "plan" else chosen
             chosen = QUICK_CUDA_MODELS if name == "models" and args.device == "cuda" else chosen
         setattr(args, name, chosen)

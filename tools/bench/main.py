@@ -7,7 +7,7 @@ import gc
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from tqdm import tqdm
@@ -18,12 +18,15 @@ from tools.bench.full7b_train import measure_full_apart
 from tools.bench.numerics import fold_complaints, operator_complaints, tiny_models, training_complaints
 from tools.bench.ops import REPEATS, OpRow, measure_op, op_cases
 from tools.bench.ops_table import op_tables
+from tools.bench.overhead import OverheadRow, measure_overhead, overhead_rows, overhead_table
+from tools.bench.planning import PLANS, PlanRow, measure_plan, plan_table
 from tools.bench.results import Header, append_rows, header_of
 from tools.bench.timing import copy_bandwidth
 from tools.bench.train import TrainRow, measure_apart, rows_for
 from tools.bench.ways import train_table
 
 DONE, FAILED = 0, 1
+AnyRow: TypeAlias = OpRow | TrainRow | FullRow | PlanRow | OverheadRow
 STEP_REPEATS = {("cpu", True): 3, ("cpu", False): 10, ("cuda", True): 3, ("cuda", False): 10}
 
 
@@ -42,13 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return FAILED
-    runs = {"ops": run_ops, "full7b": run_full}
+    runs = {"ops": run_ops, "full7b": run_full, "plan": run_plan, "overhead": run_overhead}
     return runs.get(args.benchmark, run_training)(args, header)
 
 
 def complaints_of(args: argparse.Namespace) -> list[str]:
     """What is wrong with what is about to be timed; nothing if all is well."""
     try:
+        if args.benchmark == "plan":
+            return []
         if args.benchmark == "ops":
             return operator_complaints(op_cases(args.device, args.quick), args.device)
         if args.benchmark == "full7b":
@@ -97,18 +102,31 @@ def run_full(args: argparse.Namespace, header: Header) -> int:
     return finish(rows, full_table(rows))
 
 
+def run_plan(args: argparse.Namespace, header: Header) -> int:
+    """Plans, one model after the other."""
+    rows = _measured([PLANS[name] for name in args.rows], measure_plan, args, header)
+    return finish(rows, plan_table(rows))
+
+
+def run_overhead(args: argparse.Namespace, header: Header) -> int:
+    """Times eager calls."""
+    asked = overhead_rows(args.rows, args.device, args.repeats or (50 if args.quick else 300))
+    rows = _measured(asked, measure_overhead, args, header)
+    return finish(rows, overhead_table(rows))
+
+
 def _measured(
     asked: Sequence[Any], measure: Callable[[Any], Any], args: argparse.Namespace, header: Header
 ) -> list[Any]:
     """The rows with their figures, each appended to the file as soon as it has them."""
-    rows: list[OpRow | TrainRow | FullRow] = []
+    rows: list[AnyRow] = []
     for row in tqdm(asked, desc=args.benchmark, unit="row", disable=None, file=sys.stderr):
         rows.append(measure(row))
         append_rows(args.results / f"{args.benchmark}.jsonl", header, [{**asdict(rows[-1]), **derived(rows[-1])}])
     return rows
 
 
-def finish(rows: Sequence[OpRow | TrainRow | FullRow], table: str) -> int:
+def finish(rows: Sequence[AnyRow], table: str) -> int:
     """Tells in full why rows failed, then prints the table, whose cells are short; returns the exit code."""
     failed = [row for row in rows if row.error is not None]
     for row in failed:
@@ -117,8 +135,10 @@ def finish(rows: Sequence[OpRow | TrainRow | FullRow], table: str) -> int:
     return FAILED if failed else DONE
 
 
-def derived(row: OpRow | TrainRow | FullRow) -> dict[str, float | None]:
+def derived(row: AnyRow) -> dict[str, float | None]:
     """The figures of a row that follow from others."""
+    if isinstance(row, (PlanRow, OverheadRow)):
+        return {}
     if isinstance(row, OpRow):
         return {"share_of_copy_bandwidth": row.share, "bound_seconds": row.bound_seconds, "over_bound": row.to_bound}
     return {"tokens_per_second": row.tokens_per_second}

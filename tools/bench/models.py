@@ -96,3 +96,19 @@ def tokens_of(batch: dict[str, Tensor], model: nn.Module) -> int:
     config: Any = model.config
     patches: int = (config.image_size // config.patch_size) ** 2
     return len(batch["pixel_values"]) * (patches + 1)
+
+
+def llama_of_shape(
+    width: int, layers: int, inner: int, heads: int, key_heads: int, words: int, shape: tuple[int, int], device: str
+) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """A Llama of these sizes in training mode, and a batch of this shape."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=key_heads, vocab_size=words, use_cache=False,
+    )  # fmt: skip
+    with torch.device(device):
+        model = LlamaForCausalLM(config).train()
+        ids = torch.zeros(shape, dtype=torch.int64)
+    return model, {"input_ids": ids, "labels": ids}
