@@ -50,11 +50,6 @@ def rebuilt(value: Any) -> Any:
 
 @few
 @given(values)
-def test_of_several_batches_the_largest_is_taken() -> None:
-    batches = [{"x": torch.zeros(2, size), "y": torch.zeros(size)} for size in (3, 8, 5)]
-    assert example_call(batches) == ((), batches[1])
-
-
 def test_what_is_taken_apart_goes_together_again(value):
     again = rebuilt(value)
     assert again == value and repr(again) == repr(value)
@@ -166,3 +161,8 @@ def test_example_inputs_are_read_as(name):
 def test_other_example_inputs_are_refused_with_their_type(value):
     with pytest.raises(ValueError, match=f"example_inputs must be a dict .*, got {type(value).__name__}"):
         example_call(value)
+
+
+def test_of_several_batches_the_largest_is_taken() -> None:
+    batches = [{"x": torch.zeros(2, size), "y": torch.zeros(size)} for size in (3, 8, 5)]
+    assert example_call(batches) == ((), batches[1])

@@ -124,19 +124,13 @@ def test_after_to_bfloat16_the_model_is_still_trained() -> None:
     assert all(carrier.dtype == torch.bfloat16 and not carrier.any() for carrier in carriers(model).values())
 
 
-@pytest.mark.parametrize("options", [{}, {"plan": None, "budget_gb": 1}])
-def test_without_example_inputs_factored_gradients_are_refused(options: dict[str, Any]) -> None:
-    given = options or {"plan": velora_fx.plan_of(pair("stack").factored)}
+def test_without_example_inputs_factored_gradients_are_refused() -> None:
     model = stack().double()
     with pytest.raises(ValueError, match="factored gradients need example_inputs"):
-        velora_fx.optimize(model, **given, gradients="factored")
+        velora_fx.optimize(model, 1, gradients="factored")
+    with pytest.raises(ValueError, match="factored gradients need example_inputs"):
+        velora_fx.apply(model, velora_fx.plan_of(pair("stack").factored))
     assert not carriers(model)
-
-
-def test_a_plan_for_dense_gradients_is_not_applied_as_factored() -> None:
-    plan = velora_fx.plan_of(pair("stack").dense)
-    with pytest.raises(ValueError, match="the plan is for dense gradients"):
-        velora_fx.apply(stack().double(), plan, (rows().double(),))
 
 
 @pytest.mark.slow

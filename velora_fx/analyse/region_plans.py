@@ -100,7 +100,10 @@ def width_of(product: Product) -> int:
     """The width of a linear's input: that of its weight."""
     weight = product.node.args[1]
     assert isinstance(weight, Node)
-    return int(weight.meta["val"].shape[-1])
+    if "val" in weight.meta:
+        return int(weight.meta["val"].shape[-1])
+    (stored,) = weight.all_input_nodes  # [D, O], whose transpose the graph was given
+    return int(stored.meta["val"].shape[0])
 
 
 def _products(findings: Findings, region: str) -> Mapping[str, Product]:

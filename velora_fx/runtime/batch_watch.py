@@ -60,7 +60,8 @@ class BatchWatch(ModelHook):
         planned = self.planned.get(name)
         if planned is None or self.warned or math.prod(shape) < math.prod(planned):
             return
-        is_longer = any(size > known for size, known in zip(shape[1:], planned[1:], strict=False))
+        # A list: what the compiler would make of a generator here is an error.
+        is_longer = any([size > known for size, known in zip(shape[1:], planned[1:], strict=False)])
         if math.prod(shape) == math.prod(planned) and not is_longer:
             return
         self.warned = True
