@@ -1,6 +1,7 @@
 """A step: what can be compressed or recomputed, and why the rest cannot."""
 
-from velora_fx.analyse.analyse import Actions, Analysis, Sizes, analyse
+from velora_fx.analyse.actions import Actions, Sizes
+from velora_fx.analyse.analyse import Analysis, analyse
 from velora_fx.analyse.candidates import Candidate, weight_names
 from velora_fx.analyse.captured import captured
 from velora_fx.analyse.probe import Findings

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import contextlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from velora_fx.analyse.candidates import Candidate, find_candidates, full_name
+from velora_fx.analyse.actions import Actions, Sizes
+from velora_fx.analyse.candidates import Candidate, by_consumers, find_candidates, full_name
 from velora_fx.analyse.compiler_saves import KeptTensors
 from velora_fx.analyse.factorable import not_factorable
+from velora_fx.analyse.lengthened_findings import lengthen_findings
 from velora_fx.analyse.probe import Findings, Use, probe
 from velora_fx.analyse.recomputable import Block, find_recomputable
 from velora_fx.analyse.region_plans import inputs_of, region_plans
+from velora_fx.analyse.simulator import Simulator
 from velora_fx.analyse.steps import Rehearsal
 from velora_fx.analyse.wrapped import check_unwrapped
 from velora_fx.capture import (
+    UnequalError,
     child_regions,
     find_blocks,
     find_regions,
@@ -28,28 +33,14 @@ from velora_fx.peaks import Peak
 from velora_fx.plans import Input, Skipped
 from velora_fx.runtime import (
     CHECKPOINTED,
-    Recompute,
     RegionPlan,
-    install,
-    install_checkpointing,
     optimizer_factory,
-    uninstall,
 )
-from velora_fx.simulate import Timeline, Tracker
+from velora_fx.simulate import BlockTracker, Shortened, ShownStep, Timeline, Tracker, shorten
 from velora_fx.simulate.compiled import ALL_JOINED
 
-Sizes = Mapping[tuple[str, str], int]
 KERNELS: Mapping[type, str] = {torch.nn.LSTM: "LSTM layers", torch.nn.modules.conv._ConvNd: "convolutions"}
 MOST_CONFIRMED = 12  # calls of blocks: a larger graph takes a compiler minutes
-
-
-@dataclass(frozen=True)
-class Actions:
-    """What is done about saved tensors: the sub-token size of each compressed candidate by its key, and what each
-    block that is named recomputes in backward."""
-
-    sizes: Sizes = field(default_factory=dict)
-    recomputed: Mapping[str, Recompute] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,7 +67,7 @@ class Analysis:
     num_block_calls: int
     is_compiled: bool
     is_factored: bool
-    simulate: Callable[..., Timeline]
+    simulate: Simulator
 
     @property
     def compressible(self) -> tuple[Candidate, ...]:
@@ -90,7 +81,7 @@ class Analysis:
 
     def region_plans(self, sizes: Sizes) -> dict[str, RegionPlan]:
         """What to install for the given sub-token sizes."""
-        return region_plans(self.findings, _by_consumers(self.compressible, sizes), self.is_factored)
+        return region_plans(self.findings, by_consumers(self.compressible, sizes), self.is_factored)
 
     def peak(self, actions: Actions, **how: bool) -> Peak:
         """The simulated peak with the given actions, overhead included; `how` is as for `simulate`."""
@@ -125,9 +116,8 @@ def analyse(
     optimizer_factory(options.optimizer, model, device)  # refuses what cannot be planned for
     rehearsal = Rehearsal(model, args, kwargs, options, device)
     findings = _findings(rehearsal, progress)
-    progress("untouched step")
-    untouched = _simulate(rehearsal, rehearsal.fake_model(), findings)
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    embeddings = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
 
     def is_dense(use: Use) -> str | None:
         if options.is_factored:
@@ -138,19 +128,22 @@ def analyse(
         findings,
         options.sub_token_sizes,
         lambda name: parameters[name].numel(),
-        lambda use: exclusion(model, parameters, use, options) or is_dense(use),
+        lambda use: exclusion(model, parameters, embeddings, use, options) or is_dense(use),
         options.is_factored,
     )
     if options.is_factored:  # the gradient and its optimizer state shrink whatever else keeps the input
         candidates, sharing = (*candidates, *sharing), ()
     _check_sizes(options, findings)
+    simulator = Simulator(rehearsal, findings, (*candidates, *sharing), progress)
+    progress("untouched step")
+    untouched = simulator(Actions())
 
     analysis = Analysis(
         findings=findings,
         candidates=candidates,
         sharing=sharing,
         blocks=find_recomputable(model, findings, rehearsal.is_compiled, rehearsal.passed_by),
-        skipped=skipped + _without_products(rehearsal.fake_model(), findings, rehearsal.passed_by),
+        skipped=skipped + _without_products(rehearsal.untouched, findings, rehearsal.passed_by),
         baseline=with_overhead(untouched.peak, device),
         untouched=untouched,
         inputs=inputs_of(model, args, kwargs),
@@ -159,41 +152,17 @@ def analyse(
         num_block_calls=sum(findings.calls.get(name, 0) for name in find_blocks(model, rehearsal.passed_by)),
         is_compiled=rehearsal.is_compiled,
         is_factored=options.is_factored,
-        simulate=_simulator(rehearsal, findings, (*candidates, *sharing), progress),
+        simulate=simulator,
     )
     return replace(analysis, baseline=analysis.confirmed(Actions(), analysis.baseline))
 
 
-def _by_consumers(candidates: Iterable[Candidate], sizes: Sizes) -> list[tuple[tuple[str, ...], int]]:
-    """The linears of each candidate that is compressed, with its sub-token size."""
-    return [(candidate.consumers, sizes[candidate.key]) for candidate in candidates if candidate.key in sizes]
-
-
-def _simulator(
-    rehearsal: Rehearsal, findings: Findings, candidates: Sequence[Candidate], progress: Callable[[str], None]
-) -> Callable[..., Timeline]:
-    """What simulates a step with actions on these candidates, as `Analysis` describes it."""
-    options = rehearsal.options
-
-    def simulate(
-        actions: Actions, compiler_recomputes: bool = False, by_blocks: bool = False, as_one: bool = False
-    ) -> Timeline:
-        progress("planned step")
-        by_blocks = rehearsal.is_compiled and (by_blocks or bool(actions.recomputed))
-        fake = rehearsal.fake_model(by_blocks)
-        plans = region_plans(findings, _by_consumers(candidates, actions.sizes), options.is_factored)
-        install(fake, plans, options.seed)
-        install_checkpointing(fake, actions.recomputed)
-        try:
-            return _simulate(rehearsal, fake, findings, compiler_recomputes, by_blocks, as_one)
-        finally:
-            uninstall(fake)  # and lets its carriers' optimizer go
-
-    return simulate
-
-
 def _findings(rehearsal: Rehearsal, progress: Callable[[str], None]) -> Findings:
     """The products, saved tensors and graphs of a trial step."""
+    shortened = shorten(rehearsal.rows, lambda name: None)
+    if not rehearsal.is_compiled and shortened.left_out:
+        with contextlib.suppress(UnequalError):
+            return _called(rehearsal, _shortened_findings(rehearsal, shortened, progress))
     fake = rehearsal.fake_model()
     if not rehearsal.is_compiled:
         run_step, traced = rehearsal.eager_step, rehearsal.traced_forward
@@ -202,6 +171,20 @@ def _findings(rehearsal: Rehearsal, progress: Callable[[str], None]) -> Findings
     kept = KeptTensors(findings, Tracker())
     timeline = rehearsal.observed_step(rehearsal.fake_model(), findings.graphs, kept.tracker, kept.observer_of)
     return replace(findings, savings=tuple(kept.savings), last_uses=kept.last_uses, timeline=timeline)
+
+
+def _shortened_findings(rehearsal: Rehearsal, shortened: Shortened, progress: Callable[[str], None]) -> Findings:
+    """The same of a trial step with few of the equal blocks."""
+    fake = rehearsal.fake_model(shortened=shortened)
+    tracker = rehearsal.block_tracker(fake, shortened, rounding_bytes=1)
+    steps: list[ShownStep] = []
+
+    def run_step(fake: torch.nn.Module, tracker: BlockTracker) -> Timeline:
+        steps.append(rehearsal.shown_step(fake, shortened, tracker))
+        return steps[0].timeline
+
+    findings = probe(fake, run_step, rehearsal.traced_forward, tracker, progress, rehearsal.passed_by)
+    return lengthen_findings(findings, steps[0], shortened)
 
 
 def _called(rehearsal: Rehearsal, findings: Findings) -> Findings:
@@ -216,21 +199,6 @@ def _called(rehearsal: Rehearsal, findings: Findings) -> Findings:
         f"train by a matrix product ({names}{', ...' if len(findings.calls) > 3 else ''}): pass example_inputs that "
         "make it call them, and leave a forward in place that calls the modules of the model that it is an attribute of"
     )
-
-
-def _simulate(
-    rehearsal: Rehearsal,
-    fake: torch.nn.Module,
-    findings: Findings,
-    compiler_recomputes: bool = False,
-    by_blocks: bool = False,
-    as_one: bool = False,
-) -> Timeline:
-    if not rehearsal.is_compiled:
-        return rehearsal.eager_step(fake)
-    if by_blocks:
-        return rehearsal.step_by_blocks(fake, findings.graphs, compiler_recomputes)
-    return rehearsal.compiled_step(fake, findings.graphs, compiler_recomputes, as_one)
 
 
 def _notes(rehearsal: Rehearsal, findings: Findings) -> tuple[str, ...]:
@@ -262,15 +230,19 @@ def _notes(rehearsal: Rehearsal, findings: Findings) -> tuple[str, ...]:
 
 
 def exclusion(
-    model: torch.nn.Module, parameters: Mapping[str, torch.nn.Parameter], use: Use, options: Options
+    model: torch.nn.Module,
+    parameters: Mapping[str, torch.nn.Parameter],
+    embeddings: Sequence[torch.Tensor],
+    use: Use,
+    options: Options,
 ) -> str | None:
-    """Why a product is left as it is by choice: what `filter_fn` says, or tied and vocabulary weights by default."""
+    """Why a product is left as it is by choice: what `filter_fn` says, or by default that its weight is one of the
+    embeddings, or the size of one as an output head's is."""
     name = full_name(use.region, use.parameter)
     parameter = parameters[name]
     if options.filter_fn is not None:
         owner = name.rpartition(".")[0]
         return None if options.filter_fn(model.get_submodule(owner), owner) else "left out by filter_fn"
-    embeddings = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
     if any(weight is parameter for weight in embeddings):
         return "its weight is tied to an embedding (filter_fn overrides)"
     is_outside_of_blocks = "" in (use.region, use.consumer)

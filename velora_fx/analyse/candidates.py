@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -56,6 +56,13 @@ class Candidate:
             assert saving.dtype is not None
             total += torch.Size(saving.shape).numel() // size * saving.dtype.itemsize
         return total
+
+
+def by_consumers(
+    candidates: Iterable[Candidate], sizes: Mapping[tuple[str, str], int]
+) -> list[tuple[tuple[str, ...], int]]:
+    """The linears of each candidate that is compressed, with its sub-token size."""
+    return [(candidate.consumers, sizes[candidate.key]) for candidate in candidates if candidate.key in sizes]
 
 
 def full_name(region: str, part: str) -> str:

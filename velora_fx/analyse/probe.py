@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,6 +27,8 @@ from velora_fx.capture import (
 from velora_fx.passes.find_products import find_products
 from velora_fx.runtime import hooks_in, make_call
 from velora_fx.simulate import SavedTensors, Saving, Timeline, Tracker
+
+AnyTracker = TypeVar("AnyTracker", bound=Tracker)
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,9 @@ class Findings:
 
 def probe(
     model: torch.nn.Module,
-    run_step: Callable[[torch.nn.Module, Tracker], Timeline] | None,
+    run_step: Callable[[torch.nn.Module, AnyTracker], Timeline] | None,
     run_traced: Callable[[torch.nn.Module], None],
-    tracker: Tracker,
+    tracker: AnyTracker,
     progress: Callable[[str], None],
     passed_by: Collection[str] = (),
 ) -> Findings:
@@ -103,7 +105,7 @@ def probe(
     with saved.on(), noted_checkpoints(opened), findings.overwrites:
         findings.timeline = run_step(model, tracker)
     findings.savings = tuple(saved.savings)
-    findings.last_uses = saved.last_uses
+    findings.last_uses = dict(saved.last_uses)
     uses, failures, calls = dict(findings.uses), dict(findings.failures), dict(findings.calls)
     # A forward that cannot run without values cannot be compiled in one piece either.
     with contextlib.suppress(Exception), findings.overwrites:

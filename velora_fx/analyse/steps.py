@@ -10,20 +10,29 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from velora_fx.capture import RegionGraph, parameter_names
+from velora_fx.capture import LeftOut, RegionGraph, UnequalError, parameter_names
 from velora_fx.devices import device_rates
 from velora_fx.options import Options
 from velora_fx.runtime import optimizer_factory, remove_carriers, uninstall, unwatch
 from velora_fx.simulate import (
+    WHOLE,
+    BlockTracker,
+    Shortened,
+    ShownStep,
     StepTimer,
     Timeline,
     Tracker,
     default_loss,
     fake_copy,
     fake_mode,
+    find_rows,
+    make_block_tracker,
     make_tracker,
+    note_all,
+    shorten,
     simulate,
     simulate_forward,
+    stand_ins,
 )
 from velora_fx.simulate.compiled import (
     Apart,
@@ -60,28 +69,73 @@ class Rehearsal:
         """True where the steps run as under torch.compile."""
         return bool(self.options.compiled)
 
-    def fake_model(self, by_blocks: bool = False) -> torch.nn.Module:
-        """An untouched copy in training mode, with real integers for what runs eagerly."""
+    def fake_model(self, by_blocks: bool = False, shortened: Shortened = WHOLE) -> torch.nn.Module:
+        """An untouched copy in training mode, with real integers for what runs eagerly, and with few of its equal
+        blocks where it is `shortened`."""
         traces_whole = self.is_compiled and not by_blocks
-        fake = fake_copy(self.model, self.mode, self.device, "none" if traces_whole else "integers")
+        places, noting = stand_ins(self.model, shortened)
+        fake = fake_copy(self.model, self.mode, self.device, "none" if traces_whole else "integers", places)
         uninstall(fake)
         remove_carriers(fake)
         unwatch(fake)
+        note_all(fake, noting)
         return fake if self.model.training else fake.train()
+
+    @cached_property
+    def rows(self) -> tuple[tuple[str, ...], ...]:
+        """The rows of equal blocks, by their names."""
+        blocks = {block for row in self._rows for block in row}
+        if any(name == block or block.startswith(f"{name}.") for name in self.passed_by for block in blocks):
+            return find_rows(self.untouched, self.passed_by)
+        return self._rows
+
+    @cached_property
+    def _rows(self) -> tuple[tuple[str, ...], ...]:
+        """The same where the forward of every block is called."""
+        return find_rows(self.untouched)
+
+    @cached_property
+    def untouched(self) -> torch.nn.Module:
+        """A copy to look at."""
+        return self.fake_model()
 
     @cached_property
     def passed_by(self) -> frozenset[str]:
         """The modules whose forward is not called by the model's, while that of a part of theirs is."""
-        fake, called = self.fake_model(), set[str]()
-        for name, module in fake.named_modules():
-            module.forward = _noting(module.forward, partial(called.add, name))
-        self.forward(fake)
+        shortened = shorten(self._rows, lambda name: None)
+        try:
+            called = self._called(shortened)
+        except UnequalError:
+            called = self._called(WHOLE)
         within = {name[:dot] for name in called for dot, sign in enumerate(name) if sign == "."}
         return frozenset(within - called)
+
+    def _called(self, shortened: Shortened) -> set[str]:
+        """The modules whose forward is called."""
+        fake, called = self.fake_model(shortened=shortened), set[str]()
+        for name, module in fake.named_modules():
+            if not isinstance(module, LeftOut):
+                module.forward = _noting(module.forward, partial(called.add, name))
+        self.forward(fake)
+        for name, shown in shortened.left_out:
+            own = [part for part in called if part == shown or part.startswith(f"{shown}.")]
+            called |= {name + part[len(shown) :] for part in own}
+        return called
 
     def eager_step(self, fake: torch.nn.Module, tracker: Tracker | None = None) -> Timeline:
         """A step of a fake model as it is."""
         return self._step(fake, self._inputs("all"), tracker or make_tracker(fake, self.device))
+
+    def block_tracker(
+        self, fake: torch.nn.Module, shortened: Shortened, rounding_bytes: int | None = None
+    ) -> BlockTracker:
+        """The tracker of a step of a fake model that is shortened."""
+        return make_block_tracker(fake, self.device, shortened.shown, self._timer, rounding_bytes)
+
+    def shown_step(self, fake: torch.nn.Module, shortened: Shortened, tracker: BlockTracker | None = None) -> ShownStep:
+        """An eager step of a fake model that is shortened, also of one whose blocks are compiled one by one."""
+        tracker = tracker or self.block_tracker(fake, shortened)
+        return tracker.step(self._step(fake, self._inputs("all"), tracker))
 
     def compiled_step(
         self, fake: torch.nn.Module, graphs: Graphs, compiler_recomputes: bool = False, as_one: bool = False
@@ -102,10 +156,9 @@ class Rehearsal:
         """
         return self._compiled_step(fake, graphs, tracker, observer_of, self._compilers[False], all_calls)
 
-    def step_by_blocks(self, fake: torch.nn.Module, graphs: Graphs, compiler_recomputes: bool = False) -> Timeline:
-        """A step of a model whose blocks are compiled one by one (`block.compile()`)."""
+    def compile_blocks(self, fake: torch.nn.Module, graphs: Graphs, compiler_recomputes: bool = False) -> None:
+        """Has the blocks of a fake model run as after `block.compile()`: its step is an eager one from then on."""
         compile_blocks(fake, graphs, self._compilers[compiler_recomputes], self.passed_by)
-        return self.eager_step(fake)
 
     def forward(self, fake: torch.nn.Module) -> None:
         """The forward alone, as it runs or, of compiled steps, as a compiler traces it."""

@@ -10,7 +10,7 @@ from velora_fx.capture.arguments import (
     tensors_inside,
     without_empty_caches,
 )
-from velora_fx.capture.attributes import own_forward
+from velora_fx.capture.attributes import INTERNAL_ATTRIBUTES, is_plain_object, own_forward
 from velora_fx.capture.blocks import child_regions, find_blocks, find_regions, has_trainable_matrix
 from velora_fx.capture.call_differences import differences
 from velora_fx.capture.checkpoints import Checkpoint, ContextFn, inlined_checkpoints, noted_checkpoints
@@ -26,6 +26,7 @@ from velora_fx.capture.graphs import (
     merge_graph,
     with_frozen,
 )
+from velora_fx.capture.left_out import LeftOut, PassedOn, UnequalError, note_calls
 from velora_fx.capture.live_block import LiveBlock, Seen
 from velora_fx.capture.refusals import CaptureError, autocast_depth, refusals
 from velora_fx.capture.state import (
@@ -40,14 +41,18 @@ from velora_fx.capture.state import (
 
 __all__ = [
     "CONSTANTS",
+    "INTERNAL_ATTRIBUTES",
     "Call",
     "CaptureError",
     "Captured",
     "Checkpoint",
     "ContextFn",
+    "LeftOut",
     "LiveBlock",
+    "PassedOn",
     "RegionGraph",
     "Seen",
+    "UnequalError",
     "attached_tensors",
     "attached_to",
     "autocast_depth",
@@ -65,12 +70,14 @@ __all__ = [
     "has_trainable_matrix",
     "inlined_checkpoints",
     "is_cache",
+    "is_plain_object",
     "isolated",
     "key_of",
     "leave_out",
     "make_graph",
     "merge_graph",
     "named_tensors",
+    "note_calls",
     "noted_checkpoints",
     "own_attributes",
     "own_carriers",

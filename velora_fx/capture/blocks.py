@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterator
 
 from torch import nn
 
+from velora_fx.capture.left_out import LeftOut
+
 LISTS = (nn.ModuleList, nn.ModuleDict)  # which have no forward
 CONTAINERS = (*LISTS, nn.Sequential)
 
@@ -57,7 +59,7 @@ def child_regions(module: nn.Module, name: str) -> dict[str, nn.Module]:
 def _blocks(module: nn.Module, name: str, passed_by: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
     for child_name, child in module.named_children():
         full = f"{name}.{child_name}" if name else child_name
-        items = list(child.children())
+        items = [item for item in child.children() if not isinstance(item, LeftOut)]
         if isinstance(child, CONTAINERS) and items and _is_repeated(items):
             for item_name, item in child.named_children():
                 yield from _called(item, f"{full}.{item_name}", passed_by)

@@ -61,8 +61,9 @@ def _copy_of(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> Optimi
     def make(copied: torch.nn.Module) -> torch.optim.Optimizer:
         parameters = dict(copied.named_parameters())
         groups = [
-            {**group, "params": list(dict.fromkeys(_stepped(parameters, names[id(p)]) for p in group["params"]))}
+            {**group, "params": [p for p in dict.fromkeys(stepped) if p is not None]}
             for group in optimizer.param_groups
+            for stepped in [[_stepped(parameters, names[id(p)]) for p in group["params"]]]
         ]
         return copy_optimizer(optimizer, groups)
 
@@ -84,11 +85,12 @@ def copy_optimizer(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]
     return made
 
 
-def _stepped(parameters: dict[str, torch.nn.Parameter], name: str) -> torch.nn.Parameter:
-    """What an optimizer of the copy would hold in place of a weight or its carrier: the carrier, if there is one."""
+def _stepped(parameters: dict[str, torch.nn.Parameter], name: str) -> torch.nn.Parameter | None:
+    """What an optimizer of the copy would hold in place of a weight or its carrier: the carrier, if there is one; None
+    for a weight that the copy leaves out."""
     weight = name if name in parameters else name.removesuffix(CARRIER)  # the copy may be without carriers
     carrier = parameters.get(weight + CARRIER)
-    return parameters[weight] if carrier is None else carrier
+    return parameters.get(weight) if carrier is None else carrier
 
 
 def leave(handle: RemovableHandle | None) -> None:

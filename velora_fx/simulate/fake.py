@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -69,15 +69,21 @@ def fake_tensor(
     return fake.requires_grad_(tensor.requires_grad)
 
 
-def fake_copy(value: Value, mode: FakeTensorMode, device: torch.device | None = None, real: Real = "integers") -> Value:
+def fake_copy(
+    value: Value,
+    mode: FakeTensorMode,
+    device: torch.device | None = None,
+    real: Real = "integers",
+    stand_ins: Mapping[int, torch.nn.Module] | None = None,
+) -> Value:
     """Deep copy of a module, or of nested call arguments, with `fake_tensor` of every tensor; ties stay ties.
 
-    Functions that are attributes of a module call the copies of the modules that they call. Raises ValueError for what
-    Python cannot copy.
+    `stand_ins` has what takes the place of modules, by their ids. Functions that are attributes of a module call the
+    copies of the modules that they call. Raises ValueError for what Python cannot copy.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {**(stand_ins or {})}
     kept: list[torch.Tensor] = []
-    for tensor in _tensors(value):
+    for tensor in _tensors(value, stand_ins or {}):
         if id(tensor) not in memo:
             memo[id(tensor)] = fake_tensor(tensor, mode, device, real)
             kept.append(tensor)
@@ -92,13 +98,22 @@ def fake_copy(value: Value, mode: FakeTensorMode, device: torch.device | None = 
         ) from error
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def _tensors(value: Any, left_out: Collection[int]) -> Iterator[torch.Tensor]:
+    """The tensors in nested containers or, but for the modules that are left out, in a module."""
     if isinstance(value, torch.nn.Module):
-        for module in value.modules():
+        for module in _modules(value, left_out, set()):
             for attribute in vars(module).values():
                 yield from _tensors_inside(attribute)
     else:
         yield from _tensors_inside(value)
+
+
+def _modules(module: torch.nn.Module, left_out: Collection[int], seen: set[int]) -> Iterator[torch.nn.Module]:
+    if id(module) not in left_out and id(module) not in seen:
+        seen.add(id(module))
+        yield module
+        for child in module.children():
+            yield from _modules(child, left_out, seen)
 
 
 def _tensors_inside(value: Any) -> Iterator[torch.Tensor]:

@@ -22,7 +22,10 @@ def rebind_functions(model: torch.nn.Module, memo: dict[int, Any]) -> None:
     """
     rebound = _Rebound(memo)
     for module in model.modules():
-        attributes = vars(memo[id(module)])
+        copied = memo.get(id(module))
+        if type(copied) is not type(module):  # left out
+            continue
+        attributes = vars(copied)
         for name, value in vars(module).items():
             if isinstance(value, FUNCTIONS) or (callable(value) and id(value) in memo):
                 attributes[name] = rebound(value)

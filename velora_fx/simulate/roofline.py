@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -43,10 +43,10 @@ class StepTimer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         packet = getattr(func, "overloadpacket", None)
         if packet is None or packet in FREE or func.is_view or func.namespace == "prim":
             return result
-        tensors = [leaf for leaf in _pytree.tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        tensors = [*tensors_among(args), *tensors_among(kwargs), *tensors_among(result)]
         if not tensors:
             return result
-        moved = sum(_bytes(tensor) for tensor in tensors) / self.device.bytes_per_second
+        moved = sum(bytes_behind(tensor) for tensor in tensors) / self.device.bytes_per_second
         formula = flop_registry.get(packet)
         flops = formula(*args, **(kwargs or {}), out_val=result) if formula else 0
         computed = self.device.matmul_seconds(flops, tensors[0].dtype)
@@ -54,6 +54,18 @@ class StepTimer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-def _bytes(tensor: torch.Tensor) -> int:
+def tensors_among(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors that an operator is given or returns: alone, in lists and tuples, or by name."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_among(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_among(item)
+
+
+def bytes_behind(tensor: torch.Tensor) -> int:
     """The bytes behind a tensor: an expanded one is no larger than its storage."""
     return min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes())

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from velora_fx.simulate.roofline import tensors_among
 from velora_fx.simulate.scopes import LOSS, Scope, Scopes
 from velora_fx.simulate.timeline import Label, Place, Timeline
 
@@ -103,14 +103,16 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
             def freed(_: Any, key: int = id(storage)) -> None:
                 del self._live[key]
-                self.storages.append(number)
-                self.deltas.append(-size)
+                self._note(number, -size)
 
             self.births.append(self._birth(tensor, func, args))
             known = self._live[id(storage)] = (number, weakref.ref(storage, freed))
-            self.storages.append(number)
-            self.deltas.append(size)
+            self._note(number, size)
         return known[0]
+
+    def _note(self, number: int, delta: int) -> None:
+        self.storages.append(number)
+        self.deltas.append(delta)
 
     def _birth(self, tensor: torch.Tensor, func: Any, args: tuple[Any, ...]) -> Birth:
         moment = self.moment
@@ -168,11 +170,10 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         if func in COPIES:
             self.sources[self._count(result, func, args)] = self.watch(args[0])
-        for leaf in _pytree.tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                number = self._count(leaf, func, args)
-                if func in VIEWS:
-                    self._reshape(number, tuple(leaf.shape))
+        for tensor in tensors_among(result):
+            number = self._count(tensor, func, args)
+            if func in VIEWS:
+                self._reshape(number, tuple(tensor.shape))
         return result
 
 

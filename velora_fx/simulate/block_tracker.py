@@ -1,0 +1,145 @@
+"""A tracker that tells which of a few blocks each event of a step belongs to."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from velora_fx.devices import Device
+from velora_fx.simulate.roofline import StepTimer, bytes_behind, tensors_among
+from velora_fx.simulate.scopes import Scopes
+from velora_fx.simulate.timeline import Timeline
+from velora_fx.simulate.tracker import Tracker
+
+NO_BLOCK = -1
+
+
+@dataclass(frozen=True)
+class ListOperator:
+    """An operator on lists of tensors, as an optimizer's: the block and the bytes of what each number of the lists
+    holds, the bytes of its other tensors, and the seconds it took."""
+
+    blocks: tuple[int, ...]
+    num_bytes: tuple[int, ...]
+    other_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ShownStep:
+    """A step of a model of which few blocks are shown: its timeline, and what a `BlockTracker` notes beside it."""
+
+    timeline: Timeline
+    owners: tuple[int, ...]
+    seconds: Mapping[int, float]
+    lists: tuple[ListOperator, ...]
+    handed: frozenset[tuple[int, int]]
+    device: Device
+
+
+class BlockTracker(Tracker):  # type: ignore[no-untyped-call]
+    """Also notes, for blocks by their numbers in `blocks`, where each event belongs.
+
+    `owners` has the block of each event, `seconds` what the operators of each block take, `lists` those operators that
+    are on tensors of several, and `handed` the pairs of blocks of which the second takes something in its forward that
+    the first has made. Outside of all blocks is NO_BLOCK.
+    """
+
+    def __init__(self, rounding_bytes: int, scopes: Scopes, blocks: Sequence[str], timer: StepTimer) -> None:
+        super().__init__(rounding_bytes, scopes)
+        self.numbers = {name: number for number, name in enumerate(blocks)}
+        self.timer = timer
+        self.owners: list[int] = []
+        self.seconds: dict[int, float] = defaultdict(float)
+        self.lists: list[ListOperator] = []
+        self.handed: set[tuple[int, int]] = set()
+        self._running = NO_BLOCK
+        self._timed = 0.0
+        self._made_in: dict[int, int] = {}  # of storages, the block
+        self._found: dict[str, int] = {}
+        self._born: dict[int, int] = {}
+        self._in_lists: set[int] = set()  # storages that are let go in the order in which they were made
+
+    def step(self, timeline: Timeline) -> ShownStep:
+        """What was noted of a step with this timeline."""
+        return ShownStep(
+            timeline,
+            tuple(self.owners),
+            dict(self.seconds),
+            tuple(self.lists),
+            frozenset(self.handed),
+            self.timer.device,
+        )
+
+    def block_of(self, name: str) -> int:
+        """The number of the block that a module or a parameter of this name belongs to."""
+        if name not in self._found:
+            parts = name.split(".")
+            starts = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+            self._found[name] = next((self.numbers[start] for start in starts if start in self.numbers), NO_BLOCK)
+        return self._found[name]
+
+    def watch(self, tensor: torch.Tensor, category: str | None = None, label: str | None = None) -> int:
+        """As `Tracker.watch`; what is there before the step belongs to the block that its label names."""
+        number = super().watch(tensor, category, label)
+        if label is not None and not self.moment:
+            block = self.block_of(label.rpartition(" of ")[2])
+            self.owners[self._born[number]] = self._made_in[number] = block
+        return number
+
+    def _note(self, number: int, delta: int) -> None:
+        if number not in self._born:
+            self._born[number], self._made_in[number] = self.now, self._running
+            self.owners.append(self._running)
+        else:
+            self.owners.append(self._made_in[number] if number in self._in_lists else NO_BLOCK)
+        super()._note(number, delta)
+
+    def _block_of_tensor(self, tensor: Any) -> int:
+        if not isinstance(tensor, torch.Tensor):
+            return NO_BLOCK
+        number, _ = self._live.get(id(tensor.untyped_storage()), (-1, None))
+        return self._made_in.get(number, NO_BLOCK)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if self.moment == "optimizer step":
+            first = args[0] if args else None
+            if isinstance(first, (list, tuple)):
+                return self._list_operator(func, types, args, kwargs)
+            self._running = self._block_of_tensor(first)
+        else:
+            assert self.scopes is not None
+            self._running = self.block_of(self.scopes.current().name)
+            if self.moment == "forward":
+                for tensor in (*tensors_among(args), *tensors_among(kwargs)):
+                    self.handed.add((self._block_of_tensor(tensor), self._running))
+        running = self._running
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        self.seconds[running] += self.timer.seconds - self._timed  # with compiled kernels, which are no operators
+        self._timed = self.timer.seconds
+        self._running = NO_BLOCK
+        return result
+
+    def _list_operator(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+        blocks = [self._block_of_tensor(tensor) for tensor in args[0]]
+        result = func(*args, **(kwargs or {}))
+        made = result if isinstance(result, (list, tuple)) else ()
+        for number, tensor in enumerate(made):
+            self._running = blocks[number]
+            self._in_lists.add(self._count(tensor, func, args))
+        self._running = NO_BLOCK
+        lists = [part for part in (*args, *(kwargs or {}).values(), made) if isinstance(part, (list, tuple))]
+        num_bytes = [
+            sum(bytes_behind(part[n]) for part in lists if n < len(part) and isinstance(part[n], torch.Tensor))
+            for n in range(len(blocks))
+        ]
+        others = sum(bytes_behind(arg) for arg in args if isinstance(arg, torch.Tensor))
+        self.lists.append(ListOperator(tuple(blocks), tuple(num_bytes), others, self.timer.seconds - self._timed))
+        self._timed = self.timer.seconds
+        return result
