@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -130,11 +131,12 @@ def apply(model: Model, plan: Plan, example_inputs: Any = None) -> Model:
 
 
 def plan_of(model: torch.nn.Module) -> Plan:
-    """The plan of an optimised model, also through `torch.compile` and DDP wrappers.
+    """The plan of an optimised model, also through `torch.compile` and DDP wrappers, with how much of it is in effect.
 
     Raises RuntimeError where there is none yet.
     """
-    return installed_on(model).plan
+    installed = installed_on(model)
+    return replace(installed.plan, in_effect=installed.in_effect)
 
 
 def restore(model: Model) -> Model:

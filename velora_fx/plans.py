@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,16 +76,28 @@ class Input:
 
 
 @dataclass(frozen=True)
+class InEffect:
+    """How many regions of a model, and how many of their eager calls in training, ran compressed since it was
+    optimised."""
+
+    regions: int
+    all_regions: int
+    calls: int
+    all_calls: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """A plan for one training step of a model; print it for the report.
 
     `inputs` are those of the largest batch that it holds for. `budget_bytes` is what was asked for, None if nothing
     was. `baseline` and `planned` are the simulated peaks of the untouched and of the planned model, in bytes of tensors
-    plus overhead; `measured` is the peak of a real step, once there was one. `recomputed` names the blocks that
-    recompute in backward; `exact` is the best that is done exactly in place of the compression, None where nothing is
-    compressed, without a budget, and without blocks to recompute. `compiled` tells whether the step is one of
-    torch.compile, `method` what was allowed, `autocast` the dtype of the autocast that was on, `torch_version` the
-    PyTorch that it was made with. Step times are predicted for `rates`.
+    plus overhead; `measured` is the peak of a real step, once there was one, `in_effect` how many calls ran compressed,
+    as `plan_of` finds it. `recomputed` names the blocks that recompute in backward; `exact` is the best that is done
+    exactly in place of the compression, None where nothing is compressed, without a budget, and without blocks to
+    recompute. `compiled` tells whether the step is one of torch.compile, `method` what was allowed, `autocast` the
+    dtype of the autocast that was on, `torch_version` the PyTorch that it was made with. Step times are predicted for
+    `rates`.
     """
 
     model: str
@@ -110,6 +122,7 @@ class Plan:
     autocast: str | None = None
     torch_version: str = ""
     measured: Measured | None = None
+    in_effect: InEffect | None = field(default=None, compare=False)
 
     @property
     def fits(self) -> bool:
@@ -178,6 +191,7 @@ class Plan:
         fields["exact"] = None if data["exact"] is None else Exact(**data["exact"])
         fields["skipped"] = tuple(Skipped(**item) for item in data["skipped"])
         fields["notes"] = tuple(data["notes"])
+        fields["in_effect"] = None if data["in_effect"] is None else InEffect(**data["in_effect"])
         fields["measured"] = None if data["measured"] is None else _measured(data["measured"])
         return cls(**fields)
 

@@ -16,7 +16,7 @@ from velora_fx.first_forward import FirstForward, Request, wait
 from velora_fx.ops import without_wrappers
 from velora_fx.options import with_compiled
 from velora_fx.peaks import Measured
-from velora_fx.plans import Plan
+from velora_fx.plans import InEffect, Plan
 from velora_fx.progress import planning_progress
 from velora_fx.report import mismatch_text
 from velora_fx.runtime import (
@@ -51,6 +51,19 @@ class Installed:
     def stand_ins(self) -> list[StandIn]:
         """What stands in for forwards: the regions and the checkpointed blocks."""
         return [*self.regions, *self.checkpointed]
+
+    @property
+    def in_effect(self) -> InEffect | None:
+        """What of the plan ran, None where no region was called but in compiled code."""
+        called = [region for region in self.regions if region.num_calls]
+        if not called:
+            return None
+        return InEffect(
+            regions=sum(region.num_compressed > 0 for region in called),
+            all_regions=len(self.regions),
+            calls=sum(region.num_compressed for region in called),
+            all_calls=sum(region.num_calls for region in called),
+        )
 
     def take(self, measured: Measured) -> None:
         """Puts a real step into the plan, and warns of a plan that is far from it."""

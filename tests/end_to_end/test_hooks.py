@@ -23,6 +23,7 @@ from tests.helpers.gradients import (
 )
 from tests.helpers.toys import compressed, rows, stack
 from tests.helpers.zoo import loss_of
+from velora_fx.plans import InEffect
 
 
 def llama() -> LlamaForCausalLM:
@@ -147,3 +148,21 @@ def test_a_forward_that_was_replaced_inside_of_a_block_is_not_passed_over() -> N
     expected = reference(rows())
     torch.manual_seed(5)
     assert torch.equal(model(rows()), expected)
+
+
+def test_the_report_says_how_many_calls_of_how_many_regions_ran_compressed() -> None:
+    model = planned()
+    assert velora_fx.plan_of(model).in_effect is None
+    regions = len(regions_of(model))
+    for _ in range(2):
+        model(**ids()).loss.backward()
+    assert f"in effect       {regions} of {regions} regions, {2 * regions} of {2 * regions} calls" in str(
+        velora_fx.plan_of(model)
+    )
+    handle = regions_of(model)[0].block.mlp.register_forward_hook(lambda module, args, output: None)
+    with pytest.warns(UserWarning, match="runs its original forward"):
+        model(**ids()).loss.backward()
+    handle.remove()
+    plan = velora_fx.plan_of(model)
+    assert plan.in_effect == InEffect(regions, regions, 3 * regions - 1, 3 * regions)
+    assert velora_fx.Plan.from_json(plan.to_json()).in_effect == plan.in_effect

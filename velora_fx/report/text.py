@@ -63,6 +63,10 @@ def _header(plan: Plan) -> str:
         lines.append(("approximate", text))
     if plan.objective == "speed":
         lines.append(("objective", "speed: compressed wherever the predicted step gets faster"))
+    if plan.in_effect is not None:
+        of = plan.in_effect
+        text = f"{of.regions} of {of.all_regions} regions, {of.calls} of {of.all_calls} calls"
+        lines.append(("in effect", text))
     if plan.exact is not None:
         lines.append(("exactly", _exactly(plan, plan.exact)))
     return tabulate([line for line in lines if line[1]], tablefmt="plain", disable_numparse=True)

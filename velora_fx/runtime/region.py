@@ -67,6 +67,7 @@ class Region(StandIn):
         self.graphs = graphs
         self.notices = notices
         self.live = LiveBlock(block)
+        self.num_calls = self.num_compressed = 0  # of calls in training that no compiler traced
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.removed or not torch.is_grad_enabled() or self.is_exempt():
@@ -74,6 +75,8 @@ class Region(StandIn):
         self.notices.check_target(self)
         self.prepare()
         seen = None if torch.compiler.is_compiling() else self.live.look()
+        if seen is not None:
+            self.num_calls += 1
         reason = refusal(self.block, seen)
         if reason is not None:
             self.fall_back(reason)
@@ -84,7 +87,10 @@ class Region(StandIn):
         if graph is None or graph.gm is None:
             self.fall_back(NEW if graph is None else graph.reason, key if graph is None else None)
             return self.original(*args, **kwargs)
-        return graph.result(graph.recomputed(partial(run_graph, graph), call, self.extra(call, seen)))
+        result = graph.result(graph.recomputed(partial(run_graph, graph), call, self.extra(call, seen)))
+        if seen is not None:
+            self.num_compressed += 1
+        return result
 
     def is_exempt(self) -> bool:
         """True for a call that runs the original forward as a matter of course."""
