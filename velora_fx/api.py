@@ -82,9 +82,9 @@ def optimize(model: Model, budget_gb: float | str | None = None, example_inputs:
         raise ValueError("budget_gb is a Plan: velora_fx.apply(model, plan) applies one")
     if budget_gb is None and checked.objective == "memory":
         raise ValueError("optimize needs a budget: budget_gb=24, in GiB, or objective='speed'")
+    _check_model(model)
     device = planning_device(model)
     budget_bytes = None if budget_gb is None else budget_bytes_of(budget_gb, device)
-    _check_model(model)
     _apply_or_wait(model, Request(checked, device, budget_bytes, None, {}), example_inputs)
     return model
 
@@ -104,10 +104,10 @@ def plan(
     memory: the plan shows the step as it is. The model's weights are not read: one on the meta device can be planned
     for.
     """
+    _check_model(model)
     checked = with_compiled(options_from(options), model)
     where = planning_device(model, device)
     budget_bytes = None if budget_gb is None else budget_bytes_of(budget_gb, where)
-    _check_model(model)
     check_unwrapped(model, checked.is_factored)
     args, kwargs = _checked_call(model, example_inputs)
     with planning_progress() as progress:
@@ -161,10 +161,15 @@ def measure(model: torch.nn.Module) -> Iterator[None]:
     planned for.
     """
     installed = installed_on(model)
-    installed.watch.seen.clear()
-    plan = installed.plan
-    with measured_step(model, plan.planned, plan.device, installed.take):
-        yield
+    plan, watch = installed.plan, installed.watch
+    watch.seen.clear()
+    inputs: dict[int, int] = {}
+    watch.inputs = inputs
+    try:
+        with measured_step(model, plan.planned, plan.device, installed.take, inputs):
+            yield
+    finally:
+        watch.inputs = None
 
 
 def state_dict(model: torch.nn.Module) -> dict[str, Any]:
@@ -227,6 +232,8 @@ def _what_is_installed(plan: Plan) -> tuple[Any, ...]:
 
 
 def _check_model(model: torch.nn.Module) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {model if isinstance(model, type) else type(model)}")
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise ValueError("the model is wrapped by torch.compile: pass the model itself, and compile it afterwards")
     if not find_regions(model):

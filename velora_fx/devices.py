@@ -104,3 +104,9 @@ def tensors_within(budget_bytes: int, device: torch.device) -> int:
     if device.type != "cuda":
         return budget_bytes
     return (budget_bytes - sum(FIXED_BYTES.values())) * 100 // (100 + FRAGMENTATION_PERCENT)
+
+
+def autocast_of(device_type: str) -> str | None:
+    """The dtype of the autocast that is on, as "bfloat16"; None where it is off."""
+    is_on = torch.is_autocast_enabled(device_type)
+    return str(torch.get_autocast_dtype(device_type)).removeprefix("torch.") if is_on else None

@@ -77,11 +77,11 @@ class Input:
 
 @dataclass(frozen=True)
 class InEffect:
-    """How many regions of a model, and how many of their eager calls in training, ran compressed since it was
-    optimised."""
+    """How many blocks that a plan compresses or recomputes, and how many of their eager calls in training, ran so since
+    the model was optimised."""
 
-    regions: int
-    all_regions: int
+    blocks: int
+    all_blocks: int
     calls: int
     all_calls: int
 

@@ -54,15 +54,15 @@ class Installed:
 
     @property
     def in_effect(self) -> InEffect | None:
-        """What of the plan ran, None where no region was called but in compiled code."""
-        called = [region for region in self.regions if region.num_calls]
-        if not called:
+        """What of the plan ran, None where nothing of it was called but in compiled code."""
+        ours: list[Region | Checkpointed] = [*self.regions, *self.checkpointed]
+        if not any(each.num_calls for each in ours):
             return None
         return InEffect(
-            regions=sum(region.num_compressed > 0 for region in called),
-            all_regions=len(self.regions),
-            calls=sum(region.num_compressed for region in called),
-            all_calls=sum(region.num_calls for region in called),
+            blocks=sum(each.num_in_effect > 0 for each in ours),
+            all_blocks=len(ours),
+            calls=sum(each.num_in_effect for each in ours),
+            all_calls=sum(each.num_calls for each in ours),
         )
 
     def take(self, measured: Measured) -> None:
@@ -93,7 +93,7 @@ def apply_request(model: torch.nn.Module, request: Request, args: tuple[Any, ...
     before = vars(model).get(STATE)
     carriers = take_out(model)
     try:
-        regions = install(model, regions_to_install, plan.seed, plan.compiled)
+        regions = install(model, regions_to_install, plan.seed, plan)
         recomputed = {names[without_wrappers(item.region)]: item.recompute for item in plan.recomputed}
         checkpointed = install_checkpointing(model, recomputed)
         if request.projections:

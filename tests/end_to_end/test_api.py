@@ -137,6 +137,19 @@ def test_a_plan_for_another_step_is_refused_with_what_differs() -> None:
     assert_untouched(model)
 
 
+def test_a_plan_of_a_model_of_another_size_is_refused_with_both_sizes() -> None:
+    for other in (stack(num_blocks=4), stack().double()):
+        with pytest.raises(ValueError, match=r"the parameters take .* KiB, and took .* KiB"):
+            velora_fx.apply(other, tightest(stack(), (rows(),)), (rows(),))
+        assert_untouched(other)
+
+
+def test_a_class_in_the_place_of_a_model_is_refused() -> None:
+    for call in (velora_fx.optimize, velora_fx.plan):
+        with pytest.raises(ValueError, match=r"model must be a torch.nn.Module, got <class"):
+            call(nn.Linear, 1, (rows(),))
+
+
 def test_a_model_without_trainable_products_is_refused() -> None:
     model = stack().requires_grad_(False)
     for inputs in (None, (rows(),)):

@@ -143,13 +143,14 @@ def test_fullgraph_before_planning_is_an_error_that_says_what_to_pass() -> None:
         model(rows())
 
 
-def test_without_fullgraph_planning_happens_in_the_first_compiled_forward() -> None:
-    budget = tightest(stack(), (rows(64, 64),)).planned.peak_bytes * 1.02 / 2**30
-    model = velora_fx.optimize(without_dropout(stack()), budget, method="compress")
+def test_without_fullgraph_planning_happens_in_the_first_compiled_forward_and_for_compiled_steps() -> None:
+    budget = tightest(stack(num_blocks=1), (rows(16, 32),), compiled=True).planned.peak_bytes * 1.02 / 2**30
+    model = velora_fx.optimize(without_dropout(stack(num_blocks=1)), budget, method="compress", optimizer="none")
     compiled = torch.compile(model, backend="aot_eager")
     for _ in range(2):
-        step(compiled, {"x": rows(64, 64)}, loss_of)
-    assert velora_fx.plan_of(compiled).compressed
-    eager = velora_fx.optimize(without_dropout(stack()), budget, (rows(64, 64),), method="compress")
-    step(eager, {"x": rows(64, 64)}, loss_of)
+        step(compiled, {"x": rows(16, 32)}, loss_of)
+    plan = velora_fx.plan_of(compiled)
+    assert plan.compressed and plan.compiled
+    eager = velora_fx.apply(without_dropout(stack(num_blocks=1)), plan, (rows(16, 32),))
+    step(eager, {"x": rows(16, 32)}, loss_of)
     assert_same_gradients(model, eager)

@@ -156,7 +156,7 @@ def test_the_report_says_how_many_calls_of_how_many_regions_ran_compressed() -> 
     regions = len(regions_of(model))
     for _ in range(2):
         model(**ids()).loss.backward()
-    assert f"in effect       {regions} of {regions} regions, {2 * regions} of {2 * regions} calls" in str(
+    assert f"in effect       {regions} of {regions} blocks, {2 * regions} of {2 * regions} calls" in str(
         velora_fx.plan_of(model)
     )
     handle = regions_of(model)[0].block.mlp.register_forward_hook(lambda module, args, output: None)

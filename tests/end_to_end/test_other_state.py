@@ -101,3 +101,21 @@ def test_a_model_under_ddp_is_planned_at_its_first_forward(group: None) -> None:
     model = DistributedDataParallel(velora_fx.apply(stack(), plan))
     model(rows()).backward()
     assert velora_fx.plan_of(model).compressed == plan.compressed
+
+
+def test_planning_inside_of_a_forward_that_was_put_under_autocast_leaves_autocast_as_it_was() -> None:
+    model = velora_fx.optimize(stack(), 1)
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    model(rows()).backward()
+    assert not torch.is_autocast_enabled("cpu")
+    assert velora_fx.plan_of(model).autocast == "bfloat16"
+
+
+def test_a_plan_made_without_autocast_says_so_once_where_the_model_is_trained_under_it() -> None:
+    plan = tightest(stack(), (rows(),))
+    model = velora_fx.apply(stack(), plan, (rows(),))
+    with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning) as found:
+        for _ in range(2):
+            model(rows()).backward()
+    said = [str(warning.message) for warning in found if "velora_fx" in str(warning.message)]
+    assert len(said) == 1 and "runs with autocast bfloat16, and was planned with autocast off" in said[0]

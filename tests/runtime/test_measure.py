@@ -330,3 +330,15 @@ def test_on_a_gpu_the_measured_peak_is_close_to_the_predicted_one() -> None:
     own = plan.measured.allocated_bytes - plan.measured.breakdown["other"]
     assert plan.planned.tensor_bytes == pytest.approx(own, rel=0.05)
     assert plan.measured.reserved_bytes >= plan.measured.allocated_bytes
+
+
+def test_a_batch_that_was_made_before_the_step_counts() -> None:
+    model = optimised(optimizer="sgd")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    batch = large()
+    for number in range(2):
+        with velora_fx.measure(model) if number else warnings.catch_warnings():
+            one_step(model, batch, optimizer)
+    plan = velora_fx.plan_of(model)
+    assert plan.measured is not None
+    assert plan.measured.allocated_bytes == pytest.approx(plan.planned.peak_bytes, rel=1e-3)

@@ -11,7 +11,9 @@ from torch.fx import Node
 from velora_fx.analyse.candidates import full_name
 from velora_fx.analyse.factorable import not_factorable
 from velora_fx.analyse.probe import Findings, Use
-from velora_fx.capture import named_tensors, parameter_names
+from velora_fx.capture import attached_tensors, carriers_of, named_tensors, parameter_names
+from velora_fx.devices import ALLOCATOR_BLOCK_BYTES, autocast_of
+from velora_fx.names import in_units
 from velora_fx.ops import without_wrappers
 from velora_fx.passes.find_products import Product, find_products
 from velora_fx.passes.swap import Carrier, Choice
@@ -134,12 +136,6 @@ def inputs_of(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     return tuple(Input(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors)
 
 
-def autocast_of(device_type: str) -> str | None:
-    """The dtype of the autocast that is on, as "bfloat16"; None where it is off."""
-    is_on = torch.is_autocast_enabled(device_type)
-    return str(torch.get_autocast_dtype(device_type)).removeprefix("torch.") if is_on else None
-
-
 def differences_of(plan: Plan, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
     """In what a call of a model differs from the step that a plan is for, in words."""
     found = []
@@ -148,6 +144,9 @@ def differences_of(plan: Plan, model: torch.nn.Module, args: tuple[Any, ...], kw
     for name in dict.fromkeys((*planned, *here)):
         if here.get(name) != planned.get(name):
             found.append(f"{name} is {_text(here.get(name))}, and was {_text(planned.get(name))}")
+    before, after = plan.baseline.breakdown.get("parameters", 0), parameter_bytes(model, plan.device)
+    if before != after:
+        found.append(f"the parameters take {in_units(after)}, and took {in_units(before)}")
     now = torch.__version__.split(".")[:2]
     if plan.torch_version.split(".")[:2] != now:
         found.append(f"PyTorch is {torch.__version__}, and was {plan.torch_version or 'unknown'}")
@@ -155,6 +154,15 @@ def differences_of(plan: Plan, model: torch.nn.Module, args: tuple[Any, ...], kw
     if autocast != plan.autocast:
         found.append(f"autocast is {autocast or 'off'}, and was {plan.autocast or 'off'}")
     return found
+
+
+def parameter_bytes(model: torch.nn.Module, device_type: str) -> int:
+    """Bytes of a model's parameters in the blocks of a device's allocator, shared storages once, carriers left out."""
+    carriers = {id(carrier) for carrier in carriers_of(model).values()}
+    tensors = [t for p in model.parameters() if id(p) not in carriers for t in (p, *attached_tensors(p))]
+    storages = {id(storage): storage for tensor in tensors for storage in [tensor.untyped_storage()]}
+    block = ALLOCATOR_BLOCK_BYTES.get(device_type, 1)
+    return sum(-(-storage.nbytes() // block) * block for storage in storages.values())
 
 
 def _text(item: Input | None) -> str:

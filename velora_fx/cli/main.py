@@ -45,7 +45,9 @@ def command() -> int:
         with open(os.dup(1), "w", encoding=encoding, errors=errors) as report, contextlib.redirect_stdout(report):
             os.dup2(2, 1)
             return main()
-    except OSError as error:  # whoever reads the report is gone, or the disk full
+    except BrokenPipeError:  # whoever reads the report has read enough
+        return FAILED
+    except OSError as error:  # the disk is full
         return _complain(error, FAILED)
 
 
@@ -208,7 +210,10 @@ def _named(arguments: argparse.Namespace) -> Iterator[None]:
 
 def _plan(arguments: argparse.Namespace) -> Plan:
     if arguments.plan is not None:
-        return Plan.from_json(Path(arguments.plan).read_text())
+        try:
+            return Plan.from_json(Path(arguments.plan).read_text())
+        except ValueError as error:
+            raise ValueError(f"--plan {arguments.plan}: {error}") from error
     options = _options(arguments)
     Options(**options)  # refused before a large model is made, as is the budget
     budget_gb = None if arguments.budget_gb is None else _number(arguments.budget_gb)

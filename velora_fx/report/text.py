@@ -65,7 +65,7 @@ def _header(plan: Plan) -> str:
         lines.append(("objective", "speed: compressed wherever the predicted step gets faster"))
     if plan.in_effect is not None:
         of = plan.in_effect
-        text = f"{of.regions} of {of.all_regions} regions, {of.calls} of {of.all_calls} calls"
+        text = f"{of.blocks} of {of.all_blocks} blocks, {of.calls} of {of.all_calls} calls"
         lines.append(("in effect", text))
     if plan.exact is not None:
         lines.append(("exactly", _exactly(plan, plan.exact)))

@@ -46,12 +46,15 @@ class BatchWatch(ModelHook):
         self.planned = dict(planned)
         self.seen: dict[str, tuple[int, ...]] = {}
         self.warned = False
+        self.inputs: dict[int, int] | None = None  # of a step that is measured: bytes by address
 
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling() or not module.training or not torch.is_grad_enabled():
             return
         for name, tensor in named_tensors(self.names, args, kwargs):
             shape = tuple(tensor.shape)
+            if self.inputs is not None:
+                self.inputs[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             self.seen[name] = max(shape, self.seen.get(name, shape), key=math.prod)
             self.compare(name, shape)
 

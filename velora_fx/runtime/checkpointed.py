@@ -35,10 +35,14 @@ class Checkpointed(StandIn):
         super().__init__(block)
         self.name = name
         self.recompute = recompute
+        self.num_calls = self.num_in_effect = 0  # of calls in training that no compiler traced
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.removed or not self.block.training or not torch.is_grad_enabled():
             return self.original(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            self.num_calls += 1
+            self.num_in_effect += 1
         call = make_call(self.block, args, kwargs)  # a cache would be filled twice
         context_fn = CONTEXTS[self.recompute]
         context: dict[str, Any] = {} if context_fn is None else {"context_fn": context_fn}

@@ -10,6 +10,7 @@ import torch
 from velora_fx.capture import RegionGraph
 from velora_fx.ops import sign_projection
 from velora_fx.passes.swap import Choice
+from velora_fx.plans import Plan
 from velora_fx.runtime.carriers import add_carriers
 from velora_fx.runtime.factored_region import FactoredRegion
 from velora_fx.runtime.factored_step import Folding
@@ -27,28 +28,28 @@ class RegionPlan:
 
 
 def install(
-    model: torch.nn.Module, plans: Mapping[str, RegionPlan], seed: int, compiled: bool | None = None
+    model: torch.nn.Module, plans: Mapping[str, RegionPlan], seed: int, plan: Plan | None = None
 ) -> list[Region]:
     """Installs the regions, with the carriers of their weights; those with the same graphs and choices share their
-    rewritten graphs. `compiled` tells what was planned for, None where it does not matter."""
+    rewritten graphs. `plan` is the one that they are of, None where it does not matter."""
     shared: dict[tuple[object, ...], list[RegionGraph]] = {}
-    regions, folding, notices = [], Folding(), Notices(compiled)
-    for name, plan in plans.items():
+    regions, folding, notices = [], Folding(), Notices(plan)
+    for name, own in plans.items():
         block = model.get_submodule(name)
-        key = (*(id(graph) for graph in plan.graphs), *plan.choices.items())
+        key = (*(id(graph) for graph in own.graphs), *own.choices.items())
         if key not in shared:
-            shared[key] = [rewritten(graph, plan.choices) for graph in plan.graphs]
+            shared[key] = [rewritten(graph, own.choices) for graph in own.graphs]
         dtype = torch.promote_types(torch.float32, next(block.parameters()).dtype)
         projections = {
             choice.tensor: sign_projection(
-                seed, name, choice.tensor, plan.widths[choice.tensor] // choice.sub_token_size, choice.sub_token_size,
+                seed, name, choice.tensor, own.widths[choice.tensor] // choice.sub_token_size, choice.sub_token_size,
                 dtype,
             )
-            for choice in plan.choices.values()
+            for choice in own.choices.values()
         }  # fmt: skip
-        parts = name, block, plan.choices, projections, shared[key], notices
+        parts = name, block, own.choices, projections, shared[key], notices
         region: Region
-        if any(choice.carrier for choice in plan.choices.values()):
+        if any(choice.carrier for choice in own.choices.values()):
             region = FactoredRegion(*parts, listener=folding)
             add_carriers(region)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -26,12 +26,17 @@ MARKER_BYTES = 1
 
 @contextlib.contextmanager
 def measured_step(
-    model: torch.nn.Module, predicted: Peak, device_type: str, done: Callable[[Measured], None]
+    model: torch.nn.Module,
+    predicted: Peak,
+    device_type: str,
+    done: Callable[[Measured], None],
+    inputs: Mapping[int, int] | None = None,
 ) -> Iterator[None]:
     """Calls `done` with the real peak of the training step within, an optimizer's step included.
 
     `predicted` tells how many of the gradients are there at the peak. On CPU what was there before and is neither the
-    model's nor the optimizer's is not counted. Raises ValueError for a model on other devices than one of
+    model's nor the optimizer's is not counted, but for `inputs`: by then the bytes by address of what the model was
+    called with. Raises ValueError for a model on other devices than one of
     `device_type`, RuntimeError where another profiler runs or no optimizer of the model stepped within.
     """
     device = device_of(model, device_type)
@@ -57,7 +62,7 @@ def measured_step(
         handle.remove()
     if not ends:
         raise RuntimeError("no optimizer of the model stepped: measure around forward, backward and optimizer.step()")
-    done(ends[-1].measured(predicted, *watch.peak(ends[-1])))
+    done(ends[-1].measured(predicted, *watch.peak({**(inputs or {}), **ends[-1].states}, ends[-1])))
 
 
 class _End:
@@ -107,7 +112,7 @@ class _CudaWatch:
         self.allocated = torch.cuda.max_memory_allocated(self.device)
         self.reserved = torch.cuda.max_memory_reserved(self.device)
 
-    def peak(self, end: _End) -> tuple[int, int | None, int | None]:
+    def peak(self, others: Mapping[int, int], end: _End) -> tuple[int, int | None, int | None]:
         """Bytes allocated and reserved at most, and what of them was neither the model's nor its optimizer's."""
         other = min(self.other_bytes, end.allocated_bytes - sum(end.breakdown.values()))
         return self.allocated, self.reserved, max(0, other)
@@ -135,14 +140,17 @@ class _CpuWatch:
         self.profiler.stop()
         self.watched.clear()
 
-    def peak(self, end: _End) -> tuple[int, int | None, int | None]:
-        """The most bytes in use; RuntimeError where another profiler took over meanwhile, and PyTorch dropped this."""
+    def peak(self, others: Mapping[int, int], end: _End) -> tuple[int, int | None, int | None]:
+        """The most bytes in use, with what of `others` (bytes by address) was there before.
+
+        RuntimeError where another profiler took over meanwhile, and PyTorch dropped this one.
+        """
         assert self.profiler.profiler is not None
         changes, made = _changes(self.profiler.profiler.kineto_results)
         if not changes or changes[0][1] != MARKER_BYTES:
             raise RuntimeError("another profiler was started within the step: nothing was measured")
-        states = [size for address, size in end.states.items() if address not in self.known | made]
-        before_bytes = self.before_bytes + sum(states)
+        before = [size for address, size in others.items() if address not in self.known | made]
+        before_bytes = self.before_bytes + sum(before)
         peak_bytes = before_bytes + max(accumulate(size for _, size in sorted([*changes, *self.freed])))
         return peak_bytes, None, None
 

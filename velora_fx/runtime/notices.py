@@ -7,6 +7,9 @@ from typing import Any, Protocol
 
 import torch
 
+from velora_fx.devices import autocast_of
+from velora_fx.plans import Plan
+
 
 class Named(Protocol):
     """What is spoken of: a region."""
@@ -15,13 +18,14 @@ class Named(Protocol):
 
 
 class Notices:
-    """The warnings of the regions of one model; `compiled` tells what its plan is for, None if anything will do.
+    """The warnings of the regions of one model; `plan` is theirs, None if anything will do.
 
     A copy of the model has its own, which begin with what was said before.
     """
 
-    def __init__(self, compiled: bool | None) -> None:
-        self.compiled = compiled
+    def __init__(self, plan: Plan | None) -> None:
+        self.compiled = None if plan is None else plan.compiled
+        self.device, self.autocast = ("", None) if plan is None else (plan.device, plan.autocast)
         self.said: set[str] = set()
         self.eager_calls: dict[str, int] = {}
 
@@ -42,7 +46,11 @@ class Notices:
                 from torch._dynamo.comptime import comptime
 
                 comptime(_say_compiled)
-        elif self.compiled:
+            return
+        if self.device and autocast_of(self.device) != self.autocast:
+            now, then = (f"autocast {dtype or 'off'}" for dtype in (autocast_of(self.device), self.autocast))
+            self.say(region.name, f"runs with {now}, and was planned with {then}: plan within the autocast of training")
+        if self.compiled:
             calls = self.eager_calls[region.name] = self.eager_calls.get(region.name, 0) + 1
             if calls == ENOUGH_EAGER_CALLS:
                 self.say(region.name, EAGER)

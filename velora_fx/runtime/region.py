@@ -67,7 +67,7 @@ class Region(StandIn):
         self.graphs = graphs
         self.notices = notices
         self.live = LiveBlock(block)
-        self.num_calls = self.num_compressed = 0  # of calls in training that no compiler traced
+        self.num_calls = self.num_in_effect = 0  # of calls in training that no compiler traced
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.removed or not torch.is_grad_enabled() or self.is_exempt():
@@ -89,7 +89,7 @@ class Region(StandIn):
             return self.original(*args, **kwargs)
         result = graph.result(graph.recomputed(partial(run_graph, graph), call, self.extra(call, seen)))
         if seen is not None:
-            self.num_compressed += 1
+            self.num_in_effect += 1
         return result
 
     def is_exempt(self) -> bool:

@@ -53,6 +53,8 @@ class _Rebound:
             return type(value)(map(self, value))
         if type(value) is dict:
             return {key: self(item) for key, item in value.items()}
+        if hasattr(value, "__enter__"):  # it holds what was before it: `torch.autocast` around the forward that plans
+            return self.memo.setdefault(id(value), _shallow_copy(value)) if hasattr(value, "__dict__") else value
         return self.object(value) if callable(value) else self.memo.get(id(value), value)
 
     def function(self, function: FunctionType) -> FunctionType:
