@@ -62,7 +62,9 @@ def optimized(order: str, folder: Path, *args: Any, optimize: Any, **options: An
 
 def tightest_of(order: str, folder: Path, *args: Any, **options: Any) -> velora_fx.Plan:
     """The plan that compresses everything in the trainer's own step."""
-    made = optimized(order, folder, *args, optimize=lambda model: velora_fx.optimize(model, 1e-9), **options)
+    made = optimized(
+        order, folder, *args, optimize=lambda model: velora_fx.optimize(model, 1e-9, method="compress"), **options
+    )
     with pytest.raises(velora_fx.BudgetError) as raised:
         made.train()
     return raised.value.plan

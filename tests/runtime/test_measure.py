@@ -333,8 +333,8 @@ def test_on_a_gpu_the_measured_peak_is_close_to_the_predicted_one() -> None:
 
 
 def test_a_batch_that_was_made_before_the_step_counts() -> None:
-    model = optimised(optimizer="sgd")
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    model = optimised()
+    optimizer = torch.optim.AdamW(model.parameters())
     batch = large()
     for number in range(2):
         with velora_fx.measure(model) if number else warnings.catch_warnings():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -53,8 +54,8 @@ class _Rebound:
             return type(value)(map(self, value))
         if type(value) is dict:
             return {key: self(item) for key, item in value.items()}
-        if hasattr(value, "__enter__"):  # it holds what was before it: `torch.autocast` around the forward that plans
-            return self.memo.setdefault(id(value), _shallow_copy(value)) if hasattr(value, "__dict__") else value
+        if isinstance(value, torch.autocast):  # it holds what was before it, and is entered while the model is planned
+            return self.memo.setdefault(id(value), copy.copy(value))
         return self.object(value) if callable(value) else self.memo.get(id(value), value)
 
     def function(self, function: FunctionType) -> FunctionType:
