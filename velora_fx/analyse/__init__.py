@@ -6,7 +6,7 @@ from velora_fx.analyse.candidates import Candidate, weight_names
 from velora_fx.analyse.captured import captured
 from velora_fx.analyse.probe import Findings
 from velora_fx.analyse.recomputable import Block
-from velora_fx.analyse.region_plans import check_plan_fits, differences_of, region_plans
+from velora_fx.analyse.region_plans import autocast_in, check_plan_fits, differences_of, region_plans
 from velora_fx.analyse.wrapped import check_unwrapped
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Findings",
     "Sizes",
     "analyse",
+    "autocast_in",
     "captured",
     "check_plan_fits",
     "check_unwrapped",

@@ -12,7 +12,7 @@ from velora_fx.analyse.candidates import full_name
 from velora_fx.analyse.factorable import not_factorable
 from velora_fx.analyse.probe import Findings, Use
 from velora_fx.capture import attached_tensors, carriers_of, named_tensors, parameter_names
-from velora_fx.devices import ALLOCATOR_BLOCK_BYTES, autocast_of
+from velora_fx.devices import ALLOCATOR_BLOCK_BYTES
 from velora_fx.names import in_units
 from velora_fx.ops import without_wrappers
 from velora_fx.passes.find_products import Product, find_products
@@ -63,6 +63,12 @@ def check_plan_fits(plan: Plan, findings: Findings, parameters: Mapping[str, tor
 
     `parameters` are those of the model under all their names.
     """
+    autocast = autocast_in(findings, plan.device)
+    if autocast != plan.autocast:
+        raise ValueError(
+            f"the plan is for another step: autocast is {autocast or 'off'}, and was {plan.autocast or 'off'}: plan "
+            "and apply within the autocast that you train with"
+        )
     products = {
         without_wrappers(full_name(region, name)): product
         for region in findings.graphs
@@ -136,6 +142,16 @@ def inputs_of(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     return tuple(Input(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors)
 
 
+def autocast_in(findings: Findings, device_type: str) -> str | None:
+    """The dtype of the autocast that the regions were called under, as "bfloat16"; None where it was off.
+
+    A trainer may turn it on within the model's forward.
+    """
+    keys = (graph.key for graphs in findings.graphs.values() for graph in graphs)
+    states = [(enabled, dtype) for key in keys for kind, enabled, dtype in key[4] if kind == device_type]
+    return next((str(dtype).removeprefix("torch.") for enabled, dtype in states if enabled), None)
+
+
 def differences_of(plan: Plan, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
     """In what a call of a model differs from the step that a plan is for, in words."""
     found = []
@@ -150,9 +166,6 @@ def differences_of(plan: Plan, model: torch.nn.Module, args: tuple[Any, ...], kw
     now = torch.__version__.split(".")[:2]
     if plan.torch_version.split(".")[:2] != now:
         found.append(f"PyTorch is {torch.__version__}, and was {plan.torch_version or 'unknown'}")
-    autocast = autocast_of(plan.device)
-    if autocast != plan.autocast:
-        found.append(f"autocast is {autocast or 'off'}, and was {plan.autocast or 'off'}")
     return found
 
 

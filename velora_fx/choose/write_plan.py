@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import torch
 
-from velora_fx.analyse import Actions, Analysis, Candidate, weight_names
+from velora_fx.analyse import Actions, Analysis, Candidate, autocast_in, weight_names
 from velora_fx.choose.output_notes import SAME, output_notes
 from velora_fx.choose.problem import Problem
 from velora_fx.choose.search import Search
 from velora_fx.choose.updates import updates_of
-from velora_fx.devices import autocast_of, device_rates
+from velora_fx.devices import device_rates
 from velora_fx.names import in_units
 from velora_fx.options import Options
 from velora_fx.passes.swap import CARRIER
@@ -59,7 +59,7 @@ def write_plan(
         projection=options.projection,
         seed=options.seed,
         gradients=options.gradients,
-        autocast=autocast_of(analysis.device.type),
+        autocast=autocast_in(analysis.findings, analysis.device.type),
         torch_version=str(torch.__version__),
     )
     return replace(plan, notes=tuple(_notes(problem, actions, plan, options)))
