@@ -60,8 +60,9 @@ def test_a_package_imports_only_packages_above_it():
 
 
 def test_modules_of_a_package_import_one_another_in_no_circle():
-    known = dict.fromkeys(a for a, _ in imports())
-    edges = {a: {b for c, b in imports() if c == a and b in known and place_of(b) == place_of(a)} for a in known}
+    found = list(imports())
+    known = dict.fromkeys(a for a, _ in found)
+    edges = {a: {b for c, b in found if c == a and b in known and place_of(b) == place_of(a)} for a in known}
     while edges:
         free = {a for a, others in edges.items() if not others}
         assert free, f"imports go in circles among {sorted(edges)}"

@@ -31,7 +31,7 @@ def nothing_is_left() -> Iterator[None]:
     """No hook and no profiler outlives a test."""
     before = set(_global_optimizer_post_hooks)
     yield
-    assert set(_global_optimizer_post_hooks) == before
+    assert set(_global_optimizer_post_hooks) <= before  # those of models that are gone may go too
     assert not torch._C._autograd._profiler_enabled()
 
 
