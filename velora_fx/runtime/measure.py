@@ -156,7 +156,7 @@ class _CpuWatch:
 
 
 def _changes(results: Any) -> tuple[list[tuple[int, int]], set[int]]:
-    """What was allocated and freed, as (nanoseconds, bytes) in order, and the addresses of what was not freed.
+    """What was allocated and freed, as (nanoseconds, bytes) in order, and the addresses of what was allocated.
 
     By address: the profiler also reports the end of what it takes for a tensor of an earlier profile.
     """
@@ -168,14 +168,15 @@ def _changes(results: Any) -> tuple[list[tuple[int, int]], set[int]]:
         if event.tag == _EventType.Allocation:
             events.append((event.start_time_ns, event.extra_fields.alloc_size, event.extra_fields.ptr))
     sizes: dict[int, int] = {}
-    changes = []
+    changes, made = [], set()
     for nanoseconds, size, address in sorted(events):
         if size > 0:
             sizes[address] = size
+            made.add(address)
             changes.append((nanoseconds, size))
         elif address in sizes:
             changes.append((nanoseconds, -sizes.pop(address)))
-    return changes, set(sizes)
+    return changes, made
 
 
 def _note(freed: list[tuple[int, int]], size: int, _: Any) -> None:
