@@ -155,6 +155,7 @@ def trained(model: nn.Module, folder: Path, **options: Any) -> Tensor:
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="velora_fx")
+        warnings.filterwarnings("ignore", message="velora_fx.*was planned with autocast")
         Trainer(model, arguments, train_dataset=Texts()).train()
     return torch.cat([p.detach().flatten() for name, p in model.named_parameters() if "layers" in name])
 
