@@ -134,8 +134,9 @@ def test_a_mask_that_all_attentions_use_is_made_and_kept_once() -> None:
     predicted = predict(model, batch, compiled=True, loss_fn=loss_of)
     assert_near(predicted.untouched_bytes, measured_peak(model, batch, "inductor", loss_of), "inductor")
     first_half = {c.key: 2 for c in predicted.analysis.candidates if c.region < "model.layers.5"}
-    for peak in (predicted.analysis.untouched.peak, predicted.analysis.peak(Actions(first_half))):
-        masks = [group.num_bytes for group in peak.largest if "[8, 1, 256, 256]" in group.label]
+    for timeline in (predicted.analysis.untouched, predicted.analysis.simulate(Actions(first_half))):
+        at_peak = timeline.live(int(timeline.live_bytes.argmax()))
+        masks = [size for s, size in at_peak.items() if "[8, 1, 256, 256]" in timeline.labels[s].tensor]
         assert masks == [8 * 256 * 256 * 4]
 
 
