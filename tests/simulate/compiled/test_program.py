@@ -136,7 +136,7 @@ def test_a_mask_that_all_attentions_use_is_made_and_kept_once() -> None:
     first_half = {c.key: 2 for c in predicted.analysis.candidates if c.region < "model.layers.5"}
     for timeline in (predicted.analysis.untouched, predicted.analysis.simulate(Actions(first_half))):
         at_peak = timeline.live(int(timeline.live_bytes.argmax()))
-        masks = [size for s, size in at_peak.items() if "[8, 1, 256, 256]" in timeline.labels[s].tensor]
+        masks = [size for s, size in at_peak.items() if "[8, 1, 256, 256] float32" in timeline.labels[s].tensor]
         assert masks == [8 * 256 * 256 * 4]
 
 
