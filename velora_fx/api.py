@@ -136,7 +136,8 @@ def plan_of(model: torch.nn.Module) -> Plan:
     Raises RuntimeError where there is none yet.
     """
     installed = installed_on(model)
-    return replace(installed.plan, in_effect=installed.in_effect)
+    in_effect = installed.in_effect
+    return installed.plan if in_effect is None else replace(installed.plan, in_effect=in_effect)
 
 
 def restore(model: Model) -> Model:

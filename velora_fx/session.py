@@ -80,12 +80,11 @@ def apply_request(model: torch.nn.Module, request: Request, args: tuple[Any, ...
     with planning_progress() as progress:
         if request.plan is None:
             analysis = analyse(model, args, kwargs, options, request.device, progress)
-            findings, plan = (
-                analysis.findings,
-                Planner(analysis, type(model).__name__, options).plan(request.budget_bytes),
-            )
+            findings = analysis.findings
+            plan = Planner(analysis, type(model).__name__, options).plan(request.budget_bytes)
         else:
-            findings, plan = captured(model, args, kwargs, options, request.device, progress), request.plan
+            findings = captured(model, args, kwargs, options, request.device, progress)
+            plan = request.plan
             check_plan_fits(plan, findings, dict(model.named_parameters(remove_duplicate=False)))
         compressed = [(item.consumers, item.sub_token_size or 0) for item in plan.compressed]
         regions_to_install = region_plans(findings, compressed, plan.is_factored)

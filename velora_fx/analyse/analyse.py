@@ -14,9 +14,10 @@ from velora_fx.analyse.candidates import Candidate, by_consumers, find_candidate
 from velora_fx.analyse.compiler_saves import KeptTensors
 from velora_fx.analyse.factorable import not_factorable
 from velora_fx.analyse.lengthened_findings import lengthen_findings
+from velora_fx.analyse.plan_checks import inputs_of
 from velora_fx.analyse.probe import Findings, Use, probe
 from velora_fx.analyse.recomputable import Block, find_recomputable
-from velora_fx.analyse.region_plans import inputs_of, region_plans
+from velora_fx.analyse.region_plans import region_plans
 from velora_fx.analyse.simulator import Simulator
 from velora_fx.analyse.steps import Rehearsal
 from velora_fx.analyse.wrapped import check_unwrapped
