@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers.peaks import assert_near, measured_peak
+from tests.helpers.peaks import assert_near, measured_peak, plans_for
 from tests.helpers.toys import rows, stack, without_dropout
 from velora_fx.analyse import Actions, Analysis, analyse
 from velora_fx.choose.problem import Problem
@@ -67,7 +67,7 @@ def test_compiled_code_makes_projections_again_so_that_the_smallest_sub_tokens_f
     for index in (0, -1):
         sizes = {candidate.key: candidate.sizes[index] for candidate in search.analysis.candidates}
         compressed = copy.deepcopy(model)
-        install(compressed, search.analysis.region_plans(sizes), seed=0)
+        install(compressed, plans_for(search.analysis, sizes), seed=0)
         peaks.append(measured_peak(compressed, batch, "inductor"))
         assert_near(search.analysis.peak(Actions(sizes)).peak_bytes, peaks[-1], "inductor")
     untouched, at_two, at_most = peaks
@@ -80,5 +80,5 @@ def test_projections_of_what_only_a_product_makes_are_kept() -> None:
     assert search.problem.projections_are_kept
     assert min(search.tightest[0].sizes.values()) > 2
     compressed = Products().train()
-    install(compressed, search.analysis.region_plans(search.tightest[0].sizes), seed=0)
+    install(compressed, plans_for(search.analysis, search.tightest[0].sizes), seed=0)
     assert_near(search.tightest[1].peak_bytes, measured_peak(compressed, batch, "inductor"), "inductor")

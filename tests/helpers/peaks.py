@@ -14,11 +14,12 @@ from torch._inductor import config
 
 from tests.helpers.allocator import peak_of
 from tests.helpers.gradients import assert_same_gradients, compressed_weights, step
-from velora_fx.analyse import Analysis, analyse
+from velora_fx.analyse import Analysis, Sizes, analyse, region_plans
+from velora_fx.analyse.candidates import by_consumers
 from velora_fx.capture import find_blocks
 from velora_fx.choose.search import Search
 from velora_fx.options import Options, planning_device
-from velora_fx.runtime import install
+from velora_fx.runtime import RegionPlan, install
 from velora_fx.simulate.compiled.inductor import without_kernels
 
 TOLERANCE = {"eager": 0.02, "inductor": 0.03, "blocks": 0.03}
@@ -46,13 +47,18 @@ class Prediction:
     compressed: nn.Module
 
 
+def plans_for(analysis: Analysis, sizes: Sizes) -> dict[str, RegionPlan]:
+    """What to install for these sub-token sizes of candidates."""
+    return region_plans(analysis.findings, by_consumers(analysis.compressible, sizes), analysis.is_factored)
+
+
 def predict(model: nn.Module, batch: Mapping[str, Any], **options: Any) -> Prediction:
     """Plans for one step of SGD; the model is left as it is."""
     wanted = Options(optimizer="sgd", **options)
     analysis = analyse(model, (), dict(batch), wanted, planning_device(model), lambda text: None)
     actions, peak = Search(analysis, compresses=True, recomputes=False).tightest
     compressed = copy.deepcopy(model)
-    install(compressed, analysis.region_plans(actions.sizes), seed=0)
+    install(compressed, plans_for(analysis, actions.sizes), seed=0)
     return Prediction(analysis, analysis.baseline.peak_bytes, peak.peak_bytes, compressed)
 
 

@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 
-from velora_fx.analyse.actions import Actions, Sizes
-from velora_fx.analyse.candidates import Candidate, by_consumers, find_candidates, full_name
+from velora_fx.analyse.actions import Actions
+from velora_fx.analyse.candidates import Candidate, find_candidates, full_name
 from velora_fx.analyse.compiler_saves import KeptTensors
 from velora_fx.analyse.factorable import not_factorable
 from velora_fx.analyse.lengthened_findings import lengthen_findings
 from velora_fx.analyse.plan_checks import inputs_of
 from velora_fx.analyse.probe import Findings, Use, probe
 from velora_fx.analyse.recomputable import Block, find_recomputable
-from velora_fx.analyse.region_plans import region_plans
 from velora_fx.analyse.simulator import Simulator
 from velora_fx.analyse.steps import Rehearsal
 from velora_fx.analyse.wrapped import check_unwrapped
@@ -34,7 +33,6 @@ from velora_fx.peaks import Peak
 from velora_fx.plans import Input, Skipped
 from velora_fx.runtime import (
     CHECKPOINTED,
-    RegionPlan,
     optimizer_factory,
 )
 from velora_fx.simulate import BlockTracker, Shortened, ShownStep, Timeline, Tracker, shorten
@@ -79,10 +77,6 @@ class Analysis:
     def has_blocks(self) -> bool:
         """False for a model in which nothing repeats."""
         return set(self.findings.calls) != {""}
-
-    def region_plans(self, sizes: Sizes) -> dict[str, RegionPlan]:
-        """What to install for the given sub-token sizes."""
-        return region_plans(self.findings, by_consumers(self.compressible, sizes), self.is_factored)
 
     def peak(self, actions: Actions, **how: bool) -> Peak:
         """The simulated peak with the given actions, overhead included; `how` is as for `simulate`."""

@@ -62,11 +62,6 @@ class LiveBlock:
         self.key = (key_of_modules(self.block), key_of_state(state))
 
 
-def _has_hooks(module: torch.nn.Module) -> bool:
-    before, after = module._forward_pre_hooks or module._backward_pre_hooks, module._forward_hooks
-    return bool(before or after or module._backward_hooks)
-
-
 def _walk(block: torch.nn.Module) -> tuple[list[torch.nn.Module], list[Any], list[Any]]:
     """The modules inside of a block, the tensors of all with None where one is missing, and what can change of them."""
     modules, tensors, traits = [block], list[Any](), list[Any]()

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import velora_fx
 from tests.helpers import zoo
-from tests.helpers.peaks import assert_near, measured_peak, predict
+from tests.helpers.peaks import assert_near, measured_peak, plans_for, predict
 from tests.helpers.toys import Stack, rows, stack, without_dropout
 from velora_fx.analyse import Actions
 from velora_fx.runtime import install
@@ -27,7 +27,7 @@ def test_the_peak_is_the_allocators_untouched_and_compressed() -> None:
     analysis = predict(model, batch(), compiled=True).analysis
     sizes = {candidate.key: candidate.sizes[-1] for candidate in analysis.candidates}
     compressed = copy.deepcopy(model)
-    install(compressed, analysis.region_plans(sizes), seed=0)
+    install(compressed, plans_for(analysis, sizes), seed=0)
     for one, actions in ((model, Actions()), (compressed, Actions(sizes))):
         peak = analysis.peak(actions, by_blocks=True)
         assert_near(peak.peak_bytes, measured_peak(one, batch(), "blocks"), "blocks")
