@@ -126,7 +126,7 @@ def tied_instances(draw: st.DrawFn) -> Instance:
     for index, length in enumerate(lengths):
         for _ in range(draw(st.integers(1, 2))):
             savings = tuple(saving - draw(st.integers(0, 15)) for saving in growing(draw, length, 20))
-            items.append(Item(f"tied {index}", tuple(sorted(savings)), (), tied_to=index))
+            items.append(Item(f"tied {index}", tuple(sorted(savings)), (), tied_to=(index,)))
     moments = [Moment(draw(st.integers(60, 160)), tuple((index, 1) for index in range(len(items))))]
     for _ in range(draw(st.integers(0, 3))):
         alive = sorted(draw(st.lists(st.integers(0, len(items) - 1), unique=True)))
@@ -134,26 +134,55 @@ def tied_instances(draw: st.DrawFn) -> Instance:
     return Instance(tuple(items), tuple(moments), draw(st.integers(0, 160)))
 
 
+@st.composite
+def twice_freed_instances(draw: st.DrawFn) -> Instance:
+    """Items that each free a part of what one of two others frees: together with it they free that once."""
+    lengths = [draw(st.integers(1, 3)) for _ in range(draw(st.integers(1, 3)))]
+    items = [
+        Item(f"group {index}", growing(draw, length, 10), tuple(map(float, growing(draw, length, 30))))
+        for index, length in enumerate(lengths)
+    ]
+    blocks = range(len(items), len(items) + 2)
+    freed = tuple(saving + 20 for saving in growing(draw, draw(st.integers(1, 2)), 20))
+    items += [Item("blocks", freed, tuple(map(float, growing(draw, len(freed), 30))))] * len(blocks)
+    for index in range(len(lengths)):
+        twice = tuple(-saving for saving in items[index].savings)
+        items.append(Item(f"twice {index}", twice, (), tied_to=(index, draw(st.sampled_from(blocks)))))
+    moments = [Moment(draw(st.integers(40, 140)), tuple((index, 1) for index in range(len(items))))]
+    for _ in range(draw(st.integers(0, 3))):
+        alive = sorted(draw(st.lists(st.integers(0, len(items) - 1), unique=True)))
+        moments.append(Moment(draw(st.integers(0, 140)), tuple((index, 1) for index in alive)))
+    return Instance(tuple(items), tuple(moments), draw(st.integers(0, 120)))
+
+
+def level_of(item: Item, levels: Sequence[int]) -> int:
+    return levels[item.tied_to[0]] if all(levels[master] for master in item.tied_to) else 0
+
+
 @few
-@given(tied_instances())
+@given(st.one_of(tied_instances(), twice_freed_instances()))
 def test_a_tied_item_is_at_the_level_of_its_master_and_no_choice_costs_less(instance):
-    own = [item for item in instance.items if item.tied_to is None]
-    masters = [index if item.tied_to is None else item.tied_to for index, item in enumerate(instance.items)]
+    own = [item for item in instance.items if not item.tied_to]
+    tied = instance.items[len(own) :]
     choices = itertools.product(*(range(len(item.savings) + 1) for item in own))
-    allowed = [c for c in choices if instance.peak(tuple(c[master] for master in masters)) <= instance.budget]
-    costs = [sum(item.costs[level - 1] for item, level in zip(own, choice, strict=True) if level) for choice in allowed]
+    complete = [(*choice, *(level_of(item, choice) for item in tied)) for choice in choices]
+    costs = [
+        sum(item.costs[level - 1] for item, level in zip(own, choice, strict=False) if level)
+        for choice in complete
+        if Instance(tuple(own), (), 0).in_order(choice[: len(own)]) and instance.peak(choice) <= instance.budget
+    ]
     levels = instance.solved()
     if levels is None:
         assert not costs
         return
-    assert all(level == levels[master] for level, master in zip(levels, masters, strict=True))
+    assert all(level == level_of(item, levels) for item, level in zip(tied, levels[len(own) :], strict=True))
     assert instance.peak(levels) <= instance.budget
     found = sum(item.costs[level - 1] for item, level in zip(own, levels, strict=False) if level)
     assert found <= min(costs) * (1 + GAP) + 1e-9
 
 
 def test_a_moment_that_compression_raises_above_the_budget_counts():
-    items = (Item("a", (100, 200), (1.0, 2.0)), Item("tied", (-50, -10), (), tied_to=0))
+    items = (Item("a", (100, 200), (1.0, 2.0)), Item("tied", (-50, -10), (), tied_to=(0,)))
     instance = Instance(items, (Moment(180, ((0, 1),)), Moment(90, ((1, 1),))), 100)
     assert instance.solved() == (2, 2)
 
@@ -165,7 +194,7 @@ def test_bytes_that_are_missing_may_come_from_compressing_less():
         Item("c", (100,), (1.0,)),
         Item("d", (100,), (2.0,)),
         Item("e", (10**9,), (1000.0,)),
-        Item("tied", (-5,), (), tied_to=1),
+        Item("tied", (-5,), (), tied_to=(1,)),
     )
     moments = (Moment(2 * unit, ((0, 1), (3, 1), (4, 1))), Moment(unit + 50, ((1, 1), (2, 1))))
     assert Instance(items, moments, unit).solved() == (1, 0, 1, 0, 0)
@@ -360,7 +389,7 @@ def test_where_the_solver_finds_nothing_in_time_everything_is_compressed_that_ha
 
 
 def test_a_lower_moment_counts_at_which_something_is_alive_that_takes_more_than_it_frees():
-    items = (Item("a", (10,), (1.0,)), Item("tied", (-50,), (), tied_to=0))
+    items = (Item("a", (10,), (1.0,)), Item("tied", (-50,), (), tied_to=(0,)))
     moments = (Moment(100, ((0, 1),)), Moment(99, ((0, 1), (1, 1))))
     assert choose(items, moments, 95) is None
 

@@ -35,7 +35,7 @@ def test_freed_is_all_but_one_part_in_m_of_state_and_gradient_less_the_carriers(
     end = len(analysis.findings.timeline.deltas)
     for index, candidate in enumerate(candidates):
         num_bytes = 4 * candidate.num_weights
-        state, gradient = (one for one in freed if one.item.tied_to == index)
+        state, gradient = (one for one in freed if one.item.tied_to == (index,))
         for size, from_state, from_gradient in zip(
             candidate.sizes, state.item.savings, gradient.item.savings, strict=True
         ):

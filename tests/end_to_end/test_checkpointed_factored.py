@@ -15,11 +15,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import velora_fx
+from tests.helpers.allocator import peak_of
 from tests.helpers.factored import assert_same_weights, carriers, loss_value
 from tests.helpers.gradients import tightest
-from tests.helpers.peaks import assert_near, measured_peak
+from tests.helpers.peaks import assert_near, measured_peak, tensor_bytes
 from tests.helpers.toys import Block, Stack, rows, without_dropout
 from tests.helpers.zoo import loss_of
+from velora_fx.runtime import Recompute
 
 
 class Outside(Stack):
@@ -218,3 +220,40 @@ def test_the_loss_of_a_checkpointed_model_is_that_of_the_untouched_one() -> None
     ours, _ = factored("hugging face", False, True)
     reference = made("hugging face")
     assert torch.equal(loss_of(ours(**batch_of("hugging face"))), loss_of(reference(**batch_of("hugging face"))))
+
+
+@pytest.mark.parametrize("level", ["pointwise", "all"])
+def test_a_block_is_compressed_and_recomputed_where_neither_alone_meets_the_budget(level: Recompute) -> None:
+    torch.manual_seed(0)
+    model, batch = without_dropout(Stack(3, width=64)).double().train(), {"x": rows(32, 64, 64).double()}
+    plan = tightest(model, batch, method="auto", gradients="factored", optimizer="adamw", sub_token_sizes=(8,))
+    compressed = {decision.region for decision in plan.compressed}
+    assert len(plan.recomputed) == 3 and {block.region for block in plan.recomputed} <= compressed
+    assert_near(plan.planned.peak_bytes, measured_peak_with_adamw(model, plan, batch), "eager")
+    models = [
+        velora_fx.apply(copy.deepcopy(model), replace(plan, recomputed=blocks), batch)
+        for blocks in (tuple(replace(block, recompute=level) for block in plan.recomputed), ())
+    ]
+    start = copy.deepcopy(models[0])
+    for one in models:
+        optimizer = torch.optim.AdamW(one.parameters())
+        for _ in range(2):
+            optimizer.zero_grad()
+            one(**batch).backward()
+            optimizer.step()
+    assert_same_weights(models[0], models[1], start)
+
+
+def measured_peak_with_adamw(model: nn.Module, plan: velora_fx.Plan, batch: dict[str, Tensor]) -> int:
+    """Of the second step of a copy with the plan applied."""
+    planned = velora_fx.apply(copy.deepcopy(model), plan, batch)
+    optimizer = torch.optim.AdamW(planned.parameters())
+
+    def step() -> None:
+        planned(**batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    return tensor_bytes([*planned.parameters(), *planned.buffers(), *states, *batch.values()]) + peak_of(step)

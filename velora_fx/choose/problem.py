@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from velora_fx.analyse import Actions, Analysis, Block, Candidate
-from velora_fx.choose.moments import Span, find_moments
+from velora_fx.choose.moments import find_moments
 from velora_fx.choose.price import share_of
 from velora_fx.choose.solver import Item, Moment
 from velora_fx.choose.updates import Freed, find_freed
@@ -16,6 +16,8 @@ from velora_fx.devices import with_overhead
 from velora_fx.peaks import Peak
 from velora_fx.runtime import Recompute
 from velora_fx.simulate import Timeline
+
+Stretch = tuple[int, int]  # first event, event after the last
 
 
 @dataclass(frozen=True)
@@ -54,32 +56,50 @@ class Problem:
 
     @cached_property
     def items(self) -> list[Item]:
-        """The solver's items: candidates first, then blocks, which cover the candidates in them, then what factored
-        gradients free, tied to candidates."""
-        names = {block.name: len(self.candidates) + number for number, block in enumerate(self.blocks)}
-        return [
-            *(self._candidate_item(c, names.get(c.region)) for c in self.candidates),
-            *(self._block_item(block) for block in self.blocks),
-            *(freed.item for freed in self._freed),
-        ]
+        """The solver's items: candidates first, then blocks, then what depends on them."""
+        return [item for item, _ in self._placed]
 
     @cached_property
     def moments(self) -> tuple[Moment, ...]:
         """The moments of the trial step, with the items that are alive at each."""
-        timeline = self.analysis.findings.timeline
-        assert timeline is not None
-        last_uses, end = self.analysis.findings.last_uses, len(timeline.deltas)
-        spans: list[Span] = [
-            (last_uses.get(storage, timeline.births[storage] + 1), timeline.deaths.get(storage, end), index)
-            for index, candidate in enumerate(self.candidates)
+        spans = [(*stretch, index) for index, (_, stretches) in enumerate(self._placed) for stretch in stretches]
+        return find_moments(self._trial, spans)
+
+    @cached_property
+    def _placed(self) -> list[tuple[Item, list[Stretch]]]:
+        """The items, each with the stretches of the trial step in which it would free something.
+
+        To recompute a block is instead of compressing in it, as a block that recomputes keeps no candidate. With
+        factored gradients it is besides: gradients and optimizer states are tied to candidates all the same, and what
+        both would free of a candidate is counted once.
+        """
+        blocks = {block.name: len(self.candidates) + number for number, block in enumerate(self.blocks)}
+        inside = [blocks.get(candidate.region) for candidate in self.candidates]
+        covers = [None] * len(inside) if self.analysis.is_factored else inside
+        found = [
+            (self._candidate_item(c, by), self._stretches_of(c)) for c, by in zip(self.candidates, covers, strict=True)
+        ]
+        found += [(self._block_item(block), [(block.first, block.end)]) for block in self.blocks]
+        found += [(freed.item, [(freed.first, freed.end)]) for freed in self._freed]
+        for index, block in enumerate(inside if self.analysis.is_factored else ()):
+            if block is not None:
+                candidate, stretches = found[index]
+                twice = tuple(-saving for saving in candidate.savings)
+                found.append((Item(("freed once", index), twice, (), tied_to=(index, block)), stretches))
+        return found
+
+    def _stretches_of(self, candidate: Candidate) -> list[Stretch]:
+        """Of each storage: from its last use in forward to its end."""
+        trial, last_uses = self._trial, self.analysis.findings.last_uses
+        return [
+            (last_uses.get(storage, trial.births[storage] + 1), trial.deaths.get(storage, len(trial.deltas)))
             for storage in candidate.storages
         ]
-        spans += [(b.first, b.end, len(self.candidates) + number) for number, b in enumerate(self.blocks)]
-        spans += [
-            (freed.first, freed.end, len(self.candidates) + len(self.blocks) + number)
-            for number, freed in enumerate(self._freed)
-        ]
-        return find_moments(timeline, spans)
+
+    @property
+    def _trial(self) -> Timeline:
+        assert self.analysis.findings.timeline is not None
+        return self.analysis.findings.timeline
 
     def actions(self, levels: Sequence[int]) -> Actions:
         """What a choice of levels stands for."""

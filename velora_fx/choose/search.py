@@ -199,8 +199,9 @@ class Search:
                 found.append((actions, self.problem.peak(actions)))
         if self.problem.blocks:
             alone = self.problem.all_recomputed()
-            outside = [c for c in self.problem.candidates if c.region not in alone.recomputed]
-            mixed = Actions({c.key: c.sizes[-1] for c in outside}, alone.recomputed)
-            for actions in (alone, mixed) if outside else (alone,):
+            covered = () if self.analysis.is_factored else alone.recomputed
+            besides = [c for c in self.problem.candidates if c.region not in covered]
+            mixed = Actions({c.key: c.sizes[-1] for c in besides}, alone.recomputed)
+            for actions in (alone, mixed) if besides else (alone,):
                 found.append((actions, self.analysis.peak(actions)))
         return min([*found, (Actions(), self._untouched)], key=lambda pair: pair[1].peak_bytes)

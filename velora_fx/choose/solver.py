@@ -25,15 +25,20 @@ class Item:
     Level 0 keeps it whole. Items of one `group` are alike, the one that lives longest first: a later one is never
     compressed more than an earlier one, so that plans are regular. Where the item with index `covered_by` is above
     level 0 it frees this one too: this one then stays at level 0, and counts as compressed in the order of its group.
-    An item with `tied_to` has no level and no costs of its own: its level is that of the item with this index; it may
-    save less than nothing.
+    An item with `tied_to` has no level and no costs of its own: its level is that of the first item there, and 0 while
+    another one there is at level 0. It may save less than nothing; one that is tied to several never saves anything.
     """
 
     group: Hashable
     savings: tuple[int, ...]
     costs: tuple[float, ...]
     covered_by: int | None = None
-    tied_to: int | None = None
+    tied_to: tuple[int, ...] = ()
+
+    @property
+    def num_variables(self) -> int:
+        """How many variables of the program are the item's own; one that is tied to one other shares all of its."""
+        return len(self.costs) if len(self.tied_to) < 2 else len(self.savings)
 
 
 @dataclass(frozen=True)
@@ -60,14 +65,14 @@ def choose(items: Sequence[Item], moments: Sequence[Moment], budget_bytes: int) 
     if any(moment.peak_bytes - _most_saved(items, moment) > budget_bytes for moment in moments):
         return None
     binding = [m for m in _undominated(items, moments) if m.peak_bytes + _most_added(items, m) > budget_bytes]
-    starts = np.cumsum([0, *(len(item.costs) for item in items)])
+    starts = np.cumsum([0, *(item.num_variables for item in items)])
     rows = [_saving_row(items, moment, starts) for moment in binding]
     constraints = _order_constraints(items, starts)
     demanded: set[int] = set()
     chosen = np.zeros(starts[-1], dtype=int)
     deadline = time.monotonic() + MOST_SECONDS
     for _ in range(MAX_SOLUTIONS + len(binding)):
-        levels = _with_tied(items, [int(chosen[starts[i] : starts[i + 1]].sum()) for i in range(len(items))])
+        levels = _levels(items, starts, chosen)
         excess = [moment.bytes_at(items, levels) - budget_bytes for moment in binding]
         over = {index for index, more in enumerate(excess) if more > 0}
         if not over:
@@ -82,10 +87,21 @@ def choose(items: Sequence[Item], moments: Sequence[Moment], budget_bytes: int) 
         solution = _solve(items, constraints, deadline - time.monotonic())
         if solution is None:
             break
-        chosen = solution
+        chosen = _variables(items, _levels(items, starts, solution))
     highest = highest_levels(items)
     fits = all(moment.bytes_at(items, highest) <= budget_bytes for moment in binding)
     return _trimmed(items, binding, budget_bytes, highest) if fits else None
+
+
+def _levels(items: Sequence[Item], starts: np.ndarray, chosen: np.ndarray) -> list[int]:
+    """The levels that the variables stand for."""
+    return _with_tied(items, [int(chosen[starts[i] : starts[i + 1]].sum()) for i in range(len(items))])
+
+
+def _variables(items: Sequence[Item], levels: Sequence[int]) -> np.ndarray:
+    """The variables that stand for the levels."""
+    own = [[int(step < level) for step in range(item.num_variables)] for item, level in zip(items, levels, strict=True)]
+    return np.array([variable for item in own for variable in item])
 
 
 def _most_saved(items: Sequence[Item], moment: Moment) -> int:
@@ -121,7 +137,7 @@ def highest_levels(items: Sequence[Item]) -> list[int]:
     for item in items:
         if item.covered_by is not None:
             covered[item.covered_by] += item.savings[-1]
-    own = [index for index, item in enumerate(items) if item.tied_to is None]
+    own = [index for index, item in enumerate(items) if not item.tied_to]
     kept = {index for index in own if covered[index] > items[index].savings[-1]}
     levels = []
     for index, item in enumerate(items):
@@ -130,8 +146,15 @@ def highest_levels(items: Sequence[Item]) -> list[int]:
     return _with_tied(items, levels)
 
 
-def _with_tied(items: Sequence[Item], levels: list[int]) -> list[int]:
-    return [levels[index if item.tied_to is None else item.tied_to] for index, item in enumerate(items)]
+def _with_tied(items: Sequence[Item], levels: Sequence[int]) -> list[int]:
+    return [_level_of(item, levels, own) for item, own in zip(items, levels, strict=True)]
+
+
+def _level_of(item: Item, levels: Sequence[int], own: int) -> int:
+    if not item.tied_to:
+        return own
+    first, *others = item.tied_to
+    return levels[first] if all(levels[other] for other in others) else 0
 
 
 def _order_constraints(items: Sequence[Item], starts: np.ndarray) -> list[LinearConstraint]:
@@ -147,11 +170,26 @@ def _order_constraints(items: Sequence[Item], starts: np.ndarray) -> list[Linear
     ]
     if either:
         constraints.append(LinearConstraint(_matrix(either, int(starts[-1])), -np.inf, 1))
+    for index, item in enumerate(items):
+        if len(item.tied_to) > 1:
+            constraints.append(_at_least_all(item, index, starts))
     return constraints
 
 
+def _at_least_all(item: Item, index: int, starts: np.ndarray) -> LinearConstraint:
+    """Each level of an item that is tied to several is reached where all of them are there."""
+    first, *others = (int(starts[master]) for master in item.tied_to)
+    rows = [
+        [(int(starts[index]) + level, 1.0), (first + level, -1.0), *((other, -1.0) for other in others)]
+        for level in range(item.num_variables)
+    ]
+    return LinearConstraint(_matrix(rows, int(starts[-1])), -len(others), np.inf)
+
+
 def _solve(items: Sequence[Item], constraints: Sequence[LinearConstraint], seconds: float) -> np.ndarray | None:
-    costs = np.concatenate([np.diff([0.0, *item.costs]) for item in items])
+    costs = np.concatenate(
+        [np.diff([0.0, *item.costs]) if item.costs else np.zeros(item.num_variables) for item in items]
+    )
     result = milp(
         costs / costs.max(),
         integrality=np.ones(len(costs), dtype=int),
@@ -168,25 +206,32 @@ def _trimmed(items: Sequence[Item], moments: Sequence[Moment], budget_bytes: int
     What covers others stays above level 0.
     """
     covers = {item.covered_by for item in items}
-    tied: dict[int, list[int]] = {}
+    depending: dict[int, set[int]] = {index: {index} for index, item in enumerate(items) if not item.tied_to}
     for index, item in enumerate(items):
-        tied.setdefault(index if item.tied_to is None else item.tied_to, []).append(index)
+        for master in item.tied_to:
+            depending[master].add(index)
     counts = [dict(moment.alive) for moment in moments]
     slack = [budget_bytes - moment.bytes_at(items, levels) for moment in moments]
     following: dict[Hashable, int] = {}
-    for index in reversed(list(tied)):
+    for index in reversed(list(depending)):
         item = items[index]
         floor = max(following.get(item.group, 0), min(1, levels[index]) if index in covers else 0)
         while levels[index] > floor:
-            lower = levels[index] - 1
-            growth = {i: items[i].savings[lower] - (items[i].savings[lower - 1] if lower else 0) for i in tied[index]}
+            lowered = [*levels[:index], levels[index] - 1, *levels[index + 1 :]]
+            after = {i: _level_of(items[i], lowered, lowered[i]) for i in depending[index]}
+            growth = {i: _saved(items[i], levels[i]) - _saved(items[i], level) for i, level in after.items()}
             extra = [sum(count.get(i, 0) * more for i, more in growth.items()) for count in counts]
             if any(more > free for more, free in zip(extra, slack, strict=True)):
                 break
             slack = [free - more for more, free in zip(extra, slack, strict=True)]
-            levels[index] = lower
+            for i, level in after.items():
+                levels[i] = level
         following[item.group] = levels[index]
-    return tuple(_with_tied(items, levels))
+    return tuple(levels)
+
+
+def _saved(item: Item, level: int) -> int:
+    return item.savings[level - 1] if level else 0
 
 
 def _saving_row(items: Sequence[Item], moment: Moment, starts: np.ndarray) -> dict[int, int]:
@@ -194,7 +239,7 @@ def _saving_row(items: Sequence[Item], moment: Moment, starts: np.ndarray) -> di
     row: dict[int, int] = {}
     for index, count in moment.alive:
         previous, tied_to = 0, items[index].tied_to
-        first = int(starts[index if tied_to is None else tied_to])
+        first = int(starts[tied_to[0] if len(tied_to) == 1 else index])
         for level, saving in enumerate(items[index].savings):
             row[first + level] = row.get(first + level, 0) + count * (saving - previous)
             previous = saving
@@ -206,7 +251,7 @@ def _order_rows(items: Sequence[Item], starts: np.ndarray) -> list[list[tuple[in
     rows: list[list[tuple[int, float]]] = []
     last: dict[Hashable, int] = {}
     for index, item in enumerate(items):
-        first, levels = int(starts[index]), range(len(item.costs))
+        first, levels = int(starts[index]), range(item.num_variables)
         rows += [[(first + level, 1.0), (first + level + 1, -1.0)] for level in levels[:-1]]
         before = last.get(item.group)
         if before is not None:

@@ -72,4 +72,4 @@ def find_freed(
 def _tied(index: int, sizes: Sequence[int], num_bytes: int, carrier_bytes: int) -> Item:
     """Frees all but one part in M of the bytes, and takes that part of the carrier's."""
     savings = tuple(num_bytes - (num_bytes + carrier_bytes) // size for size in sizes)
-    return Item(group=("tied", index), savings=savings, costs=(), tied_to=index)
+    return Item(group=("tied", index), savings=savings, costs=(), tied_to=(index,))
