@@ -136,7 +136,7 @@ class Numbered(Model):
 
 
 def analysis_of(model: nn.Module, device: str | None = None, **options: Any) -> Analysis:
-    wanted = Options(compiled=False, **options)
+    wanted = Options(**{"compiled": False, **options})
     return analyse(model.train(), (rows(),), {}, wanted, planning_device(model, device), lambda text: None)
 
 
@@ -205,6 +205,27 @@ def test_few_blocks_tell_what_all_take(make: Callable[[], nn.Module], options: d
             continue
         assert found is not None
         assert_same(found, analysis.simulate.whole(actions))
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (lambda: Model(14), {}),
+        pytest.param(lambda: Model(14), {"gradients": "factored"}, marks=pytest.mark.slow),
+        pytest.param(lambda: Checkpointed(14), {}, marks=pytest.mark.slow),
+        pytest.param(TwoRows, {}, marks=pytest.mark.slow),
+    ],
+)
+def test_few_blocks_tell_what_all_take_where_the_model_is_compiled(
+    make: Callable[[], nn.Module], options: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    analysis = analysis_of(make(), compiled=True, **options)
+    found = [analysis.simulate.lengthened(actions) for actions in everything(analysis)]
+    assert sum(timeline is not None for timeline in found) >= 2
+    for actions, timeline in zip(everything(analysis), found, strict=True):
+        if timeline is not None:
+            assert_same(timeline, analysis.simulate.whole(actions))
 
 
 def test_few_blocks_tell_it_under_autocast() -> None:

@@ -16,6 +16,7 @@ from velora_fx.analyse.steps import Rehearsal
 from velora_fx.capture import UnequalError
 from velora_fx.runtime import Recompute, RegionPlan, install, install_checkpointing, uninstall
 from velora_fx.simulate import Shortened, ShownStep, Timeline, lengthen, shorten
+from velora_fx.simulate.compiled import ALL_JOINED
 
 Result = TypeVar("Result")
 
@@ -65,17 +66,16 @@ class Simulator:
         self, actions: Actions, compiler_recomputes: bool = False, by_blocks: bool = False, as_one: bool = False
     ) -> Timeline:
         """The timeline of a step, as `Analysis` describes it."""
-        if not self.rehearsal.is_compiled or self._is_by_blocks(actions, by_blocks):
-            found = self.lengthened(actions, compiler_recomputes, by_blocks)
-            if found is not None:
-                return found
+        found = None if as_one else self.lengthened(actions, compiler_recomputes, by_blocks)
+        if found is not None:
+            return found
         return self.whole(actions, compiler_recomputes, by_blocks, as_one)
 
     def whole(
         self, actions: Actions, compiler_recomputes: bool = False, by_blocks: bool = False, as_one: bool = False
     ) -> Timeline:
         """The same with every block simulated."""
-        rehearsal, by_blocks = self.rehearsal, self._is_by_blocks(actions, by_blocks)
+        rehearsal, by_blocks = self.rehearsal, self.rehearsal.is_compiled and by_blocks
 
         def run(fake: torch.nn.Module) -> Timeline:
             if by_blocks:
@@ -89,18 +89,22 @@ class Simulator:
     def lengthened(
         self, actions: Actions, compiler_recomputes: bool = False, by_blocks: bool = False
     ) -> Timeline | None:
-        """The timeline of an eager step, or of one with blocks that are compiled one by one, as it follows from a step
-        with few of them; None where it does not."""
-        rehearsal, by_blocks = self.rehearsal, self._is_by_blocks(actions, by_blocks)
+        """The timeline of a step as it follows from one with few of its blocks; None where it does not."""
+        rehearsal, by_blocks = self.rehearsal, self.rehearsal.is_compiled and by_blocks
         treatment = self._treatment(actions)
-        shortened = shorten(rehearsal.rows, treatment.of)
-        if not shortened.left_out:
+        is_whole = rehearsal.is_compiled and not by_blocks
+        ends = {name for row in rehearsal.rows for name in (row[0], row[-1])} if is_whole else set()
+        shortened = shorten(rehearsal.rows, lambda name: (treatment.of(name), name in ends))
+        if not shortened.left_out or (is_whole and self._num_calls <= ALL_JOINED):
             return None
         shown = treatment.shown_by(shortened, rehearsal.rows)
 
         def run(fake: torch.nn.Module) -> ShownStep:
+            graphs = self.findings.graphs
+            if is_whole:
+                return rehearsal.shown_compiled_step(fake, shortened, graphs, compiler_recomputes)
             if by_blocks:
-                rehearsal.compile_blocks(fake, self.findings.graphs, compiler_recomputes)
+                rehearsal.compile_blocks(fake, graphs, compiler_recomputes)
             return rehearsal.shown_step(fake, shortened)
 
         key = (
@@ -119,8 +123,10 @@ class Simulator:
             self.progress(f"equal blocks are simulated one by one: {error}")
             return None
 
-    def _is_by_blocks(self, actions: Actions, by_blocks: bool) -> bool:
-        return self.rehearsal.is_compiled and (by_blocks or bool(actions.recomputed))
+    @property
+    def _num_calls(self) -> int:
+        """How often the step calls blocks of which there are several equal ones."""
+        return sum(self.findings.calls.get(name, 0) for row in self.rehearsal.rows for name in row)
 
     def _treatment(self, actions: Actions) -> Treatment:
         compressed, is_factored = by_consumers(self.candidates, actions.sizes), self.rehearsal.options.is_factored

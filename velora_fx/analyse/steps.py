@@ -39,6 +39,7 @@ from velora_fx.simulate.compiled import (
     Inductor,
     ObserverOf,
     all_calls,
+    but_the_ends,
     compile_blocks,
     compiled_forward,
     inner_calls,
@@ -136,6 +137,13 @@ class Rehearsal:
         """An eager step of a fake model that is shortened, also of one whose blocks are compiled one by one."""
         tracker = tracker or self.block_tracker(fake, shortened)
         return tracker.step(self._step(fake, self._inputs("all"), tracker))
+
+    def shown_compiled_step(
+        self, fake: torch.nn.Module, shortened: Shortened, graphs: Graphs, compiler_recomputes: bool = False
+    ) -> ShownStep:
+        """A step of `torch.compile(model)` that is shortened, with its blocks compiled apart but for the ends."""
+        tracker, compiler = self.block_tracker(fake, shortened), self._compilers[compiler_recomputes]
+        return tracker.step(self._compiled_step(fake, graphs, tracker, unobserved, compiler, but_the_ends))
 
     def compiled_step(
         self, fake: torch.nn.Module, graphs: Graphs, compiler_recomputes: bool = False, as_one: bool = False

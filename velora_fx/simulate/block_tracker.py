@@ -105,6 +105,12 @@ class BlockTracker(Tracker):  # type: ignore[no-untyped-call]
         number, _ = self._live.get(id(tensor.untyped_storage()), (-1, None))
         return self._made_in.get(number, NO_BLOCK)
 
+    def _is_given(self, tensor: torch.Tensor) -> bool:
+        """True for what is there before the step, where it is taken outside of all blocks: one graph around them takes
+        all parameters at once."""
+        number, _ = self._live.get(id(tensor.untyped_storage()), (-1, None))
+        return self._running == NO_BLOCK and self._born.get(number, self.now) < self.marks[0][0]
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -117,8 +123,8 @@ class BlockTracker(Tracker):  # type: ignore[no-untyped-call]
             assert self.scopes is not None
             self._running = self.block_of(self.scopes.current().name)
             if self.moment == "forward":
-                for tensor in (*tensors_among(args), *tensors_among(kwargs)):
-                    self.handed.add((self._block_of_tensor(tensor), self._running))
+                taken = (*tensors_among(args), *tensors_among(kwargs))
+                self.handed |= {(self._block_of_tensor(t), self._running) for t in taken if not self._is_given(t)}
         running = self._running
         result = super().__torch_dispatch__(func, types, args, kwargs)
         self.seconds[running] += self.timer.seconds - self._timed  # with compiled kernels, which are no operators

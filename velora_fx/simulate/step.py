@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils import _pytree
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from velora_fx.capture import attached_tensors, named_tensors, tensors_inside
 from velora_fx.devices import ALLOCATOR_BLOCK_BYTES
@@ -59,7 +60,16 @@ def simulate(
     before = set(tracker.live())
     timer.seconds = 0.0
     scopes = tracker.scopes.on() if tracker.scopes else contextlib.nullcontext()
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), scopes, timer, tracker, kernels_of(device, checks):
+    states = _generator_states(tracker) if device.type == "cpu" else contextlib.nullcontext()
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.enable_grad(),
+        scopes,
+        timer,
+        tracker,
+        kernels_of(device, checks),
+        states,
+    ):
         tracker.mark("forward")
         output = _run_forward(lambda: model(*args, **kwargs))
         returned = Returned(tracker.now, tuple({tracker.watch(tensor): None for tensor in _held_by(output)}))
@@ -79,12 +89,33 @@ def simulate(
             tracker.mark("optimizer step")
             if optimizer is not None:
                 _optimizer_step(optimizer)
-    states = optimizer.state.items() if optimizer is not None else ()
-    for state in [state for stepped, state in states if stepped.grad is None]:  # in training there would be none
+    stepped = optimizer.state.items() if optimizer is not None else ()
+    for state in [state for parameter, state in stepped if parameter.grad is None]:  # in training there would be none
         for value in state.values():
             if isinstance(value, torch.Tensor):
                 tracker.discount(value)
     return replace(tracker.timeline(), seconds=timer.seconds, returned=returned)
+
+
+@contextlib.contextmanager
+def _generator_states(tracker: Tracker) -> Iterator[None]:
+    """Counts the states of the CPU's generator that checkpoints keep: they are real, and no operator makes them.
+
+    Where the tracker is off, code is compiled, which keeps and restores such states of its own.
+    """
+    original = torch.get_rng_state
+
+    def watched() -> torch.Tensor:
+        state = original()
+        if tracker in _get_current_dispatch_mode_stack():
+            tracker.watch(state)
+        return state
+
+    torch.get_rng_state = watched
+    try:
+        yield
+    finally:
+        torch.get_rng_state = original
 
 
 @contextlib.contextmanager

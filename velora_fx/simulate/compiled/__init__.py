@@ -1,6 +1,6 @@
 """The same step as it runs under torch.compile."""
 
-from velora_fx.simulate.compiled.block_calls import ALL_JOINED, all_calls, inner_calls, no_calls
+from velora_fx.simulate.compiled.block_calls import ALL_JOINED, all_calls, but_the_ends, inner_calls, no_calls
 from velora_fx.simulate.compiled.inductor import Inductor, Observe
 from velora_fx.simulate.compiled.per_block import compile_blocks
 from velora_fx.simulate.compiled.program import Apart, ObserverOf, compiled_forward, unobserved
@@ -12,6 +12,7 @@ __all__ = [
     "Observe",
     "ObserverOf",
     "all_calls",
+    "but_the_ends",
     "compile_blocks",
     "compiled_forward",
     "inner_calls",

@@ -77,8 +77,11 @@ def inner_calls(calls: Sequence[BlockCall]) -> frozenset[int]:
     ALL_JOINED calls none is apart: the compiler orders the operations of a graph by the peak of all of it, which few
     blocks apart do not show.
     """
-    if len(calls) <= ALL_JOINED:
-        return frozenset()
+    return frozenset() if len(calls) <= ALL_JOINED else but_the_ends(calls)
+
+
+def but_the_ends(calls: Sequence[BlockCall]) -> frozenset[int]:
+    """All with graphs but for the first and the last."""
     return frozenset(number for number in range(1, len(calls) - 1) if calls[number].gm is not None)
 
 

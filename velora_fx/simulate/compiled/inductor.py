@@ -49,7 +49,8 @@ class Inductor:
         key = (structure(gm), *(describe(tensor) for tensor in inputs))
         if key not in self.compiled:
             with isolated(), kernels_of(self.device):
-                self.compiled[key] = _compile(gm, inputs, self.timer, self.recomputes)
+                likes = [_like(tensor) for tensor in inputs]  # what is compiled for stays with the compiled code
+                self.compiled[key] = _compile(gm, likes, self.timer, self.recomputes)
         graph = self.compiled[key]
         graph.observe.append(observe)
         try:
@@ -57,6 +58,15 @@ class Inductor:
         finally:
             graph.observe.pop()
         return tuple(outputs)
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same kind, of which nothing else is made; a real one is there anyway."""
+    if not isinstance(tensor, FakeTensor):
+        return tensor
+    with tensor.fake_mode:
+        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return made.requires_grad_(tensor.requires_grad)
 
 
 @dataclass
