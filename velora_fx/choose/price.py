@@ -1,9 +1,8 @@
 """What an approximation costs: the price of sub-tokens by their size, in the currency of recompute, time.
 
-Measured on a Llama of 34M parameters (512 wide, 8 layers), 300 steps on Python source, each way at its best learning
-rate: signs on all linears trained to a validation loss of 3.459 with sub-tokens of 8 (dense 3.508), to 3.697 with
-sub-tokens of 32. So sizes up to 8 are nearly free, 16 costs a little, and larger ones cost what recompute of everything
-does, and more.
+`SHARES` is written by `python tools/quality --publish` from the training runs in tools/results/quality.jsonl: how much
+longer one must train to make up for the loss that sub-tokens of a size cost. docs/quality.md has the runs, what they
+show, and what they do not.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import math
 import numpy as np
 
 # If all weights had sub-tokens of this size: the share of the step's time that it is worth to avoid that.
-SHARES = {1: 0.0, 8: 0.01, 16: 0.05, 32: 0.25, 64: 0.5, 128: 1.0}
+SHARES = {1: 0, 2: 0.0033, 4: 0.0067, 8: 0.01, 16: 0.2021, 32: 0.2031}
 # The largest size that is offered at first, and then each time that the budget is not met at a fair price.
 STEPS = (8, 16, 32, 64, 128)
 FAIR_SHARE = 0.25  # of the step's time that recompute may take before larger sub-tokens are offered

@@ -1,0 +1,1 @@
+"""Trains models in several ways and compares how well they learn; run it as `python tools/quality --help` explains."""

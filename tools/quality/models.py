@@ -1,0 +1,122 @@
+"""The models of tools/quality, and what a way makes of one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import velora_fx
+from tools.bench.models import LORA_TARGETS, llama_of_shape
+from tools.quality.moments import BETAS, WEIGHT_DECAY, FoldedAdamW
+from tools.quality.ways import Shape, Task, Way
+
+LORA_RANK = 8
+
+
+def make_model(task: Task, way: Way, seed: int, device: str, start: Mapping[str, Tensor] | None) -> nn.Module:
+    """The model of a task in training mode, in float32: from `start`, else from random weights of the seed.
+
+    The same for every way of a seed but for what is trained: all but `frozen` linears, or adapters alone.
+    """
+    torch.manual_seed(seed)
+    model = _llama(task.shape, device)
+    if start is not None:
+        model.load_state_dict(dict(start))
+    if task.adapter:
+        model = _with_lora(model, way, task.shape, seed)
+    for name, module in model.named_modules():
+        if name.split(".")[-1] in way.frozen:
+            module.requires_grad_(False)
+    return model.train()
+
+
+def _llama(shape: Shape, device: str) -> nn.Module:
+    sizes = (shape.width, shape.layers, shape.inner, shape.heads, shape.heads, shape.words)
+    return llama_of_shape(*sizes, (1, 1), device)[0]
+
+
+def _with_lora(model: nn.Module, way: Way, shape: Shape, seed: int) -> nn.Module:
+    from peft import LoraConfig, get_peft_model  # not installed everywhere
+
+    more: dict[str, Any] = {}
+    if way.peft_velora:
+        from peft.tuners.lora.config import VeloraConfig
+
+        groups = shape.width // way.peft_velora
+        more["velora_config"] = VeloraConfig(num_groups=groups, scale=1.0)
+    config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=LORA_TARGETS, **more)
+    adapted: Any = get_peft_model(model, config)
+    torch.manual_seed(seed)  # PEFT's projections took random numbers too
+    for name, parameter in adapted.named_parameters():
+        if "lora_A" in name:
+            nn.init.kaiming_uniform_(parameter, a=5**0.5)
+    return adapted  # type: ignore[no-any-return]
+
+
+def compress(model: nn.Module, task: Task, way: Way, batch: dict[str, Tensor], seed: int) -> int:
+    """Applies the plan that a way stands for, if it stands for one; returns how many weights are compressed.
+
+    On top of velora_fx's own plan, which tells what could be compressed, stands what is, and at which size.
+    """
+    if way.peft_velora:
+        return sum(name.endswith("lora_velora_embed") for name, _ in model.named_modules())
+    if not way.is_compressed:
+        return 0
+    offered = _untouched_plan(task, way.gradients, next(iter(batch.values())).device.type)
+    last = task.shape.layers - 1
+    decisions = []
+    for decision in offered.decisions:
+        block = int(decision.region.split(".")[-1])
+        if min(block, last - block) < way.spared:
+            continue
+        by_size: dict[int, list[str]] = {}
+        for consumer in decision.consumers:
+            if (size := _size_of(consumer, way)) is not None:
+                by_size.setdefault(size, []).append(consumer)
+        for size, consumers in by_size.items():
+            decisions.append(replace(decision, action="compress", sub_token_size=size, consumers=tuple(consumers)))
+    plan = replace(offered, decisions=tuple(decisions), projection=way.projection, seed=seed)
+    velora_fx.apply(model, plan, batch)
+    return sum(len(decision.consumers) for decision in decisions)
+
+
+def _size_of(linear: str, way: Way) -> int | None:
+    """The sub-token size of a linear by its dotted name, in which adapters add parts to the name of their base."""
+    return next((way.sizes[part] for part in linear.split(".") if part in way.sizes), None)
+
+
+@cache
+def _untouched_plan(task: Task, gradients: str, device: str) -> velora_fx.Plan:
+    """The plan of a step with nothing done about it; `decisions` are what could be compressed."""
+    model = make_model(task, Way(), 0, device, None)
+    batch = batch_of(torch.zeros(task.texts, task.length, dtype=torch.int64, device=device))
+    with precision(device):
+        return velora_fx.plan(model, None, batch, method="compress", compiled=False, gradients=gradients)
+
+
+def batch_of(ids: Tensor) -> dict[str, Tensor]:
+    """The arguments of a step."""
+    return {"input_ids": ids, "labels": ids}
+
+
+def precision(device: str) -> torch.autocast:
+    """Autocast to bfloat16 on CUDA; none on CPU."""
+    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
+
+def make_optimizer(model: nn.Module, way: Way, rate: float, seed: int) -> torch.optim.Optimizer:
+    """AdamW, or what a way has in its place, for all that is trained."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if way.moments == "velora" or not way.sizes:
+        return torch.optim.AdamW(trained, lr=rate, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
+    sizes = {}
+    for name, module in model.named_modules():
+        size = _size_of(name, way)
+        if isinstance(module, nn.Linear) and size is not None:
+            sizes[module.weight] = size
+    return FoldedAdamW(trained, rate, sizes, way.moments, seed)
