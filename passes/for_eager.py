@@ -10,7 +10,7 @@ from velora_fx.ops import velora
 def for_eager(gm: GraphModule) -> GraphModule:
     """A copy of a graph, which stays as it is, with functions in the place of VeLoRA's operators.
 
-    They do the same and cost less where nothing traces them; where something does, they call the operators.
+    They do the same and cost less; it runs where nothing follows its inputs (`velora_fx.ops.velora.is_followed`).
 
     Before::
 
@@ -18,7 +18,7 @@ def for_eager(gm: GraphModule) -> GraphModule:
 
     After::
 
-        %z = velora_fx.ops.velora.compress(%x, %projection_0)
+        %z = velora_fx.ops.velora._compress(%x, %projection_0)
     """
     graph = Graph()
     graph.output(graph.graph_copy(gm.graph, {}))

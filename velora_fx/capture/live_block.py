@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from velora_fx.capture.state import carriers_of, leave_out, state_of
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(NamedTuple):
     """A block at one call: its parameters and buffers, its carriers, what a key says of it, and whether any module
     inside of it has hooks."""
 

@@ -34,7 +34,7 @@ def expand_reference(factor: Tensor, v: Tensor, transposed: bool) -> Tensor:
     check_expand(factor, v)
     factor, v = (factor.t().unsqueeze(1), v.unsqueeze(-1)) if transposed else (factor.unsqueeze(-1), v)
     high = v.to(factor.dtype)
-    if torch.promote_types(v.dtype, factor.dtype) == factor.dtype:
+    if v.dtype == factor.dtype or torch.promote_types(v.dtype, factor.dtype) == factor.dtype:
         product = factor * high
     else:
         largest = torch.finfo(factor.dtype).max
@@ -44,14 +44,15 @@ def expand_reference(factor: Tensor, v: Tensor, transposed: bool) -> Tensor:
 
 def compress_blocks(x: Tensor, v: Tensor, num_blocks: int | None) -> Tensor:
     """The kernel for CPUs, for the first blocks of rows only: the first takes as much memory as any other."""
-    check_compress(x, v)
-    accumulator = torch.promote_types(x.dtype, torch.float32)
+    accumulator = x.dtype if x.itemsize >= 4 else torch.float32
     v = v if v.dtype == accumulator else v.to(accumulator)
-    rows = max(1, _BLOCK_BYTES // max(1, v.numel() * accumulator.itemsize))
+    groups = x.view(x.shape[:-1] + v.shape)
+    rows = max(1, _BLOCK_BYTES // max(1, v.nbytes))
     if x.numel() <= rows * v.numel():  # one block is all
-        return _sums(x.view(*x.shape[:-1], *v.shape), v).to(x.dtype)
+        z = _sums(groups, v)
+        return z if z.dtype == x.dtype else z.to(x.dtype)
     z = x.new_empty(*x.shape[:-1], v.shape[0])
-    for x_block, z_block in islice(_row_blocks(x.view(*x.shape[:-1], *v.shape), z, rows), num_blocks):
+    for x_block, z_block in islice(_row_blocks(groups, z, rows), num_blocks):
         z_block.copy_(_sums(x_block, v))
     return z
 

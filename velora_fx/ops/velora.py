@@ -28,7 +28,7 @@ from velora_fx.ops.plain import compress_blocks, compress_reference, expand_refe
 _PLAIN = (Tensor, Parameter, type(None))
 
 
-__all__ = ["FUNCTIONS", "compress", "compress_reference", "expand", "expand_reference", "linear"]
+__all__ = ["FUNCTIONS", "compress", "compress_reference", "expand", "expand_reference", "is_followed", "linear"]
 
 
 def compress(x: Tensor, v: Tensor) -> Tensor:
@@ -37,13 +37,11 @@ def compress(x: Tensor, v: Tensor) -> Tensor:
     x [..., D] and v [G, M], G * M = D, on one device, of float64, float32, bfloat16 or float16 each; returns z [..., G]
     in x's dtype, summed in float32 or better. Not differentiable: z never requires a gradient. ValueError otherwise.
     """
-    if _is_followed(x, v):
+    if is_followed(x, v):
         z: Tensor = torch.ops.velora.compress.default(x, v)
         return z
-    kernel = _compress_cuda if x.is_cuda else _compress_cpu
-    with torch._C._AutoDispatchBelowAutograd():
-        z = kernel(x, v)
-    return z
+    check_compress(x, v)
+    return _compress(x, v)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, v: Tensor, carrier: Tensor | None) -> Tensor:
@@ -55,13 +53,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, v: Tensor,
     if x wants a gradient, z if weight or carrier does, v if the weight does, and never x. ValueError for other shapes,
     dtypes than those of `compress`, or several devices; NotImplementedError for derivatives in forward mode.
     """
-    if _is_followed(x, weight, bias, z, v, carrier):
+    if is_followed(x, weight, bias, z, v, carrier):
         y: Tensor = torch.ops.velora.linear.default(x, weight, bias, z, v, carrier)
         return y
-    if torch.is_autocast_enabled(x.device.type):
-        x, weight, bias = _cast_for(x.device.type, x, weight, bias)
-    y = _apply(x, weight, bias, z, v, carrier)
-    return y
+    check_linear(x, weight, bias, z, v, carrier)
+    return _linear(x, weight, bias, z, v, carrier)
 
 
 def expand(factor: Tensor, v: Tensor, transposed: bool) -> Tensor:
@@ -71,13 +67,13 @@ def expand(factor: Tensor, v: Tensor, transposed: bool) -> Tensor:
     With `transposed` it has the strides of a transposed matrix, as a transposed weight's gradient needs them. Not
     differentiable. ValueError for other shapes, dtypes than those of `compress`, or several devices.
     """
-    if torch.is_grad_enabled() or _is_followed(factor, v):
+    if torch.is_grad_enabled() or is_followed(factor, v):
         dweight: Tensor = torch.ops.velora.expand.default(factor, v, transposed)
         return dweight
     return _expand_cuda(factor, v, transposed) if factor.is_cuda else expand_reference(factor, v, transposed)
 
 
-def _is_followed(*tensors: Tensor | None) -> bool:
+def is_followed(*tensors: Tensor | None) -> bool:
     """True where a call has to be the operator: where a compiler, a mode, a subclass or a transform looks at it.
 
     Elsewhere the same code runs without PyTorch's wrapper around operators from Python, which costs 0.3 ms a call.
@@ -94,6 +90,19 @@ def _is_followed(*tensors: Tensor | None) -> bool:
         if type(tensor) not in _PLAIN or not (tensor is None or tensor.is_cpu or tensor.is_cuda):
             return True
     return False
+
+
+def _compress(x: Tensor, v: Tensor) -> Tensor:
+    """`compress` where nothing follows operands that are right."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return _compress_cuda(x, v) if x.is_cuda else compress_blocks(x, v, None)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, v: Tensor, carrier: Tensor | None) -> Tensor:
+    """`linear` where nothing follows operands that are right."""
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+        x, weight, bias = _cast_for(x.device.type, x, weight, bias)
+    return _apply(x, weight, bias, z, v, carrier)
 
 
 def _linear_forward(
@@ -113,17 +122,18 @@ _EXPAND = torch.library.custom_op("velora::expand", expand_reference, mutates_ar
 @_COMPRESS.register_kernel("cpu")
 def _compress_cpu(x: Tensor, v: Tensor) -> Tensor:
     """``compress_reference`` block by block, so that its temporaries stay in the processor's cache."""
+    check_compress(x, v)
     return compress_blocks(x, v, None)
 
 
 @_COMPRESS.register_kernel("cuda")
 def _compress_cuda(x: Tensor, v: Tensor) -> Tensor:
     """One Triton kernel; where there is no Triton (CUDA on Windows), block by block."""
+    check_compress(x, v)
     if find_spec("triton") is None:
         return compress_blocks(x, v, None)
     from velora_fx.ops.kernels import compress as kernel
 
-    check_compress(x, v)
     with torch.cuda.device(x.device):  # Triton launches on the current one
         return kernel.compress(x, v)
 
@@ -175,19 +185,17 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, v: Tensor, carrier: Tensor | None
     ) -> Tensor:
-        check_linear(x, weight, bias, z, v, carrier)
         _linear_setup(ctx, (x, weight, bias, z, v, carrier), x)
         y = F.linear(x, weight, bias)
-        if y._is_view():
-            y = torch.ops.aten._unsafe_view.default(y, y.shape)
-        return y
+        # A view could not be written in place: what it is a view of, which nothing else knows, takes its shape.
+        return y if y._base is None else y._base.resize_(y.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return _linear_backward(ctx, dy)
 
 
-# What `_Linear.apply` calls once it has made sure of what `_is_followed` tells.
+# What `_Linear.apply` calls once it has made sure of what `is_followed` tells.
 _apply: Callable[..., Tensor] = super(torch.autograd.Function, _Linear).apply
 
 
@@ -275,6 +283,6 @@ _AUTOCAST.impl("linear", _autocast("cpu", torch._C.DispatchKey.AutocastCPU), "Au
 _AUTOCAST.impl("linear", _autocast("cuda", torch._C.DispatchKey.AutocastCUDA), "AutocastCUDA")  # type: ignore[no-untyped-call]
 
 FUNCTIONS: Mapping[Any, Callable[..., Tensor]] = {
-    torch.ops.velora.compress.default: compress,
-    torch.ops.velora.linear.default: linear,
-}
+    torch.ops.velora.compress.default: _compress,
+    torch.ops.velora.linear.default: _linear,
+}  # what runs in their place where nothing follows operands that are right, as those of a region's graph are

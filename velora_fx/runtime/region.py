@@ -26,6 +26,7 @@ from velora_fx.capture import (
     with_frozen,
     without_empty_caches,
 )
+from velora_fx.ops.velora import is_followed
 from velora_fx.passes import run
 from velora_fx.passes.find_products import find_products
 from velora_fx.passes.swap import Choice, swap
@@ -226,7 +227,7 @@ def run_graph(graph: RegionGraph, inputs: list[torch.Tensor]) -> Any:
         return graph.gm(*inputs)
     depth, has_gradients = autocast_depth(), torch.is_grad_enabled()
     try:
-        return graph.eager(*inputs)
+        return graph.gm(*inputs) if is_followed(*inputs) else graph.eager(*inputs)
     except BaseException:
         torch._C._set_grad_enabled(has_gradients)
         _leave_stretches(graph.key, depth)
