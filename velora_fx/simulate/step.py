@@ -101,14 +101,15 @@ def simulate(
 def _generator_states(tracker: Tracker) -> Iterator[None]:
     """Counts the states of the CPU's generator that checkpoints keep: they are real, and no operator makes them.
 
-    Where the tracker is off, code is compiled, which keeps and restores such states of its own.
+    Where the tracker is off, code is compiled, which has such states of its own; where nothing runs in a checkpoint,
+    none is kept.
     """
     original = torch.get_rng_state
 
     def watched() -> torch.Tensor:
         state = original()
         if tracker in _get_current_dispatch_mode_stack():
-            tracker.watch(state)
+            tracker.watch_if_kept(state)
         return state
 
     torch.get_rng_state = watched

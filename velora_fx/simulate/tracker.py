@@ -63,6 +63,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.places: list[tuple[int, str, Scope | None]] = []
         self.sources: dict[int, int] = {}
         self._live: dict[int, tuple[int, weakref.ref[Any]]] = {}
+        self._kept: list[weakref.ref[torch.Tensor]] = []
 
     @property
     def now(self) -> int:
@@ -90,6 +91,10 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if label is not None:
             self.births[number] = Label(label)
         return number
+
+    def watch_if_kept(self, tensor: torch.Tensor) -> None:
+        """Counts the tensor's storage from the next operator on, if it is there then."""
+        self._kept.append(weakref.ref(tensor))
 
     def discount(self, tensor: torch.Tensor) -> None:
         """Takes a storage that is there to the end as one that was never there."""
@@ -167,6 +172,10 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        while self._kept:
+            kept = self._kept.pop()()
+            if kept is not None:
+                self.watch(kept)
         result = func(*args, **(kwargs or {}))
         if func in COPIES:
             self.sources[self._count(result, func, args)] = self.watch(args[0])

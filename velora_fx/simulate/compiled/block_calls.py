@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from velora_fx.capture import CaptureError, RegionGraph, carriers_of, find_blocks, inlined_checkpoints, state_of
+from velora_fx.capture import (
+    CaptureError,
+    LeftOut,
+    RegionGraph,
+    carriers_of,
+    find_blocks,
+    inlined_checkpoints,
+    state_of,
+)
 from velora_fx.runtime import make_call
 from velora_fx.simulate import as_compiled
 from velora_fx.simulate.compiled.block_graphs import BlockGraphs
@@ -52,6 +60,8 @@ def record(
     block_graphs = BlockGraphs(graphs)
 
     def recorded(name: str, block: torch.nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if isinstance(block, LeftOut):
+            return forward(*args, **kwargs)
         found = block_graphs.find(name, block, forward, args, kwargs, checkpoints)
         if found is None:
             calls.append(BlockCall(name))
@@ -116,6 +126,9 @@ def replay(
         unchecked.clear()
 
     def replayed(name: str, block: torch.nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if isinstance(block, LeftOut):
+            unchecked[:] = [name] if checkpoints else []
+            return forward(*args, **kwargs)
         call = next(recorded, BlockCall("nothing"))
         if call.name != name:
             raise CaptureError(f"{name} is called in tracing where otherwise {call.name} is")
@@ -138,8 +151,10 @@ def replay(
 def instead_of_blocks(
     model: torch.nn.Module, passed_by: Collection[str], stand_in: Callable[..., Any]
 ) -> Iterator[None]:
-    """Calls `stand_in(name, block, forward, args, kwargs)` for each call of a block; none where nothing repeats."""
+    """Calls `stand_in(name, block, forward, args, kwargs)` for each call of a block, also of one that is left out; none
+    where nothing repeats."""
     blocks = {name: block for name, block in find_blocks(model, passed_by).items() if block is not model}
+    blocks |= {name: module for name, module in model.named_modules() if isinstance(module, LeftOut)}
     before: dict[str, Any] = {name: vars(block).get("forward") for name, block in blocks.items()}
     try:
         for name, block in blocks.items():

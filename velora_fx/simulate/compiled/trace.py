@@ -13,6 +13,7 @@ from torch.utils import _pytree
 from velora_fx.capture import (
     CONSTANTS,
     CaptureError,
+    UnequalError,
     attached_to,
     carriers_of,
     fakes_of,
@@ -94,6 +95,8 @@ def trace(
     try:
         with isolated():
             program = torch.export.export(Shim(), (fakes_of(inputs),), strict=False)
+    except UnequalError:
+        raise
     except Exception as error:
         reason = error if isinstance(error, CaptureError) else f"{type(error).__name__}: {error}"
         raise ValueError(
