@@ -48,8 +48,9 @@ class Analysis:
 
     `sharing` are candidates whose input is kept anyway. `timeline` is that of the trial step, whose events `findings`
     and `blocks` refer to. `simulate` gives the timeline with the given actions; with `compiler_recomputes` that of a
-    compiler that is told to recompute what it can, with `by_blocks` that of blocks that are compiled one by one
-    (`block.compile()`). `as_one` compiles all blocks of a model in one graph, also where there are many.
+    compiler that is told to recompute what it can, with `by_blocks`, or where blocks are recomputed, that of blocks
+    that are compiled one by one (`block.compile()`). `as_one` compiles all blocks of a model in one graph, also where
+    there are many.
     """
 
     findings: Findings
@@ -85,7 +86,7 @@ class Analysis:
         """The peak with these actions where `peak` is that of a compiled model with some of its blocks apart, and they
         are few enough to compile all of it as one graph; else the same peak."""
         is_apart = self.is_compiled and ALL_JOINED < self.num_block_calls <= MOST_CONFIRMED
-        return self.peak(actions, as_one=True) if is_apart else peak
+        return self.peak(actions, as_one=True) if is_apart and not actions.recomputed else peak
 
 
 def analyse(

@@ -75,7 +75,7 @@ class Simulator:
         self, actions: Actions, compiler_recomputes: bool = False, by_blocks: bool = False, as_one: bool = False
     ) -> Timeline:
         """The same with every block simulated."""
-        rehearsal, by_blocks = self.rehearsal, self.rehearsal.is_compiled and by_blocks
+        rehearsal, by_blocks = self.rehearsal, self._is_by_blocks(actions, by_blocks)
 
         def run(fake: torch.nn.Module) -> Timeline:
             if by_blocks:
@@ -90,7 +90,7 @@ class Simulator:
         self, actions: Actions, compiler_recomputes: bool = False, by_blocks: bool = False
     ) -> Timeline | None:
         """The timeline of a step as it follows from one with few of its blocks; None where it does not."""
-        rehearsal, by_blocks = self.rehearsal, self.rehearsal.is_compiled and by_blocks
+        rehearsal, by_blocks = self.rehearsal, self._is_by_blocks(actions, by_blocks)
         treatment = self._treatment(actions)
         is_whole = rehearsal.is_compiled and not by_blocks
         ends = {name for row in rehearsal.rows for name in (row[0], row[-1])} if is_whole else set()
@@ -127,6 +127,9 @@ class Simulator:
     def _num_calls(self) -> int:
         """How often the step calls blocks of which there are several equal ones."""
         return sum(self.findings.calls.get(name, 0) for row in self.rehearsal.rows for name in row)
+
+    def _is_by_blocks(self, actions: Actions, by_blocks: bool) -> bool:
+        return self.rehearsal.is_compiled and (by_blocks or bool(actions.recomputed))
 
     def _treatment(self, actions: Actions) -> Treatment:
         compressed, is_factored = by_consumers(self.candidates, actions.sizes), self.rehearsal.options.is_factored

@@ -117,6 +117,11 @@ def _notes(problem: Problem, actions: Actions, plan: Plan, options: Options) -> 
             f"the state of {options.optimizer!r} is {in_units(held)} of the peak, as torch.optim has it: pass the "
             "class or the optimizer that you train with if it is another"
         )
+    if plan.recomputed and analysis.is_compiled:
+        notes.append(
+            "figures with recompute are those of blocks that are compiled one by one (block.compile()): "
+            "torch.compile(model) may recompute several blocks at once and hold more"
+        )
     if analysis.findings.empty_caches and analysis.is_compiled:
         notes.append(
             "the model fills key-value caches in training, which a compiled model returns: "
@@ -154,7 +159,7 @@ def _overwritten(analysis: Analysis) -> list[str]:
 
 def _regional_note(analysis: Analysis, actions: Actions, plan: Plan) -> list[str]:
     """What the same step holds where blocks are compiled one by one, if that is another figure."""
-    if not analysis.is_compiled or not analysis.has_blocks:
+    if not analysis.is_compiled or not analysis.has_blocks or actions.recomputed:
         return []
     peak_bytes = analysis.peak(actions, by_blocks=True).peak_bytes
     if abs(peak_bytes - plan.planned.peak_bytes) <= SAME * plan.planned.peak_bytes:
