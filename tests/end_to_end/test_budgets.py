@@ -19,14 +19,14 @@ from velora_fx.choose.problem import Problem
 from velora_fx.options import Options
 
 CASES = {case.name: case for case in ZOO}
-NUM_BUDGETS = 10
+NUM_BUDGETS = {"eager": 10, "inductor": 3}  # a compiled plan takes longer
 
 
 @pytest.mark.parametrize(
     ("name", "target"),
     [
         pytest.param(name, target, marks=[pytest.mark.slow] * ((name, target) != ("llama", "eager")))
-        for name, target in itertools.product(("llama", "gpt2", "bert", "vit"), ("eager", "inductor"))
+        for name, target in (*itertools.product(("llama", "gpt2", "bert", "vit"), ("eager",)), ("llama", "inductor"))
     ],
 )
 def test_every_budget_is_met_and_with_more_memory_neither_price_nor_free_memory_grows(name: str, target: str) -> None:
@@ -37,8 +37,9 @@ def test_every_budget_is_met_and_with_more_memory_neither_price_nor_free_memory_
     planner = Planner(analyse(model, (), batch, options, torch.device("cpu"), lambda step: None), name, options)
     untouched, exact = planner.analysis.baseline, planner.rivals.checkpointing.tightest[1]
     problem, found = Problem(planner.analysis, compresses=True, recomputes=True), []
-    for number in range(NUM_BUDGETS):
-        budget_bytes = exact.peak_bytes + (untouched.peak_bytes - exact.peak_bytes) * number // NUM_BUDGETS
+    count = NUM_BUDGETS[target]
+    for number in range(count):
+        budget_bytes = exact.peak_bytes + (untouched.peak_bytes - exact.peak_bytes) * number // count
         plan = planner.plan(budget_bytes)
         planned = velora_fx.apply(copy.deepcopy(model), plan, batch)
         compiled = "blocks" if plan.recomputed else "inductor"
