@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import velora_fx
-from velora_fx.options import GIB, Options, budget_bytes_of, planning_device, with_compiled
+from velora_fx.options import GIB, Options, budget_bytes_of, planning_device
+from velora_fx.session import with_compiled
 
 CPU = torch.device("cpu")
 BAD: tuple[tuple[str, Any, str], ...] = (
     ("method", "velora", "'auto' or 'compress' or 'exact'"),
-    ("compiled", "inductor", "True, False or None"),
-    ("compiled", 1, "True, False or None"),
+    ("compiled", "inductor", "True, 'blocks', False or None"),
+    ("compiled", 1, "True, 'blocks', False or None"),
     ("gradients", "factored?", "'dense'"),
     ("projection", "random", "'signs' or 'batch_mean'"),
     ("projection", ["signs"], "'signs' or 'batch_mean'"),

@@ -19,7 +19,6 @@ from velora_fx.options import (
     budget_bytes_of,
     options_from,
     planning_device,
-    with_compiled,
     with_options,
 )
 from velora_fx.plans import Plan
@@ -32,6 +31,7 @@ from velora_fx.session import (
     installed_on,
     load_projections,
     take_out,
+    with_compiled,
 )
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -52,7 +52,8 @@ def optimize(model: Model, budget_gb: float | str | None = None, example_inputs:
             of `model(...)`; or a list of such dicts, of which the largest counts. Without it, planning happens at the
             first training forward.
         method: "auto", whatever is cheapest; "compress", VeLoRA alone; "exact", recompute alone.
-        compiled: True for a step that runs under `torch.compile`, False for an eager one; None finds out.
+        compiled: True for a step of `torch.compile(model)`, "blocks" for one in which each repeated block is compiled
+            by itself (`block.compile()`), False for an eager one; None finds out.
         optimizer: "adamw", "sgd", "none", an optimizer class, or an optimizer made from the model's parameters.
 
     Advanced:

@@ -10,7 +10,7 @@ import torch
 
 from velora_fx.capture import Call, describe_leaf, find_graph, flatten, key_of
 from velora_fx.runtime import ModelHook, Region, hooks_in, make_call, uninstall
-from velora_fx.simulate import as_compiled, fake_copy, fake_mode, kernels_of
+from velora_fx.simulate import FiniteValues, as_compiled, fake_copy, fake_mode, kernels_of
 
 MAX_KINDS = 16  # an argument that is another number in each step would be rehearsed in each
 
@@ -72,7 +72,7 @@ def _rehearse(
     device = next(model.parameters()).device
     fake_args, fake_kwargs = fake_copy((args, kwargs), mode, None, "none" if is_traced else "all")
     traced = as_compiled() if is_traced else contextlib.nullcontext()
-    with torch.random.fork_rng(devices=[]), kernels_of(device), traced:
+    with torch.random.fork_rng(devices=[]), kernels_of(device), FiniteValues(), traced:
         fake(*fake_args, **fake_kwargs)
 
 

@@ -6,9 +6,9 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from numbers import Real
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -28,7 +28,7 @@ class Options:
     """
 
     method: str = "auto"
-    compiled: bool | None = None
+    compiled: bool | Literal["blocks"] | None = None
     optimizer: Any = "adamw"
     gradients: str = "dense"
     objective: str = "memory"
@@ -41,8 +41,8 @@ class Options:
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
-        if self.compiled not in (None, True, False) or type(self.compiled) is int:
-            raise ValueError(f"compiled must be True, False or None (to find out), got {self.compiled!r}")
+        if not (self.compiled is None or isinstance(self.compiled, bool) or self.compiled == "blocks"):
+            raise ValueError(f"compiled must be True, 'blocks', False or None (to find out), got {self.compiled!r}")
         _one_of("gradients", self.gradients, GRADIENTS)
         _one_of("projection", self.projection, PROJECTIONS)
         _one_of("objective", self.objective, OBJECTIVES)
@@ -194,10 +194,3 @@ def planning_device(model: torch.nn.Module, device: str | torch.device | None = 
     if found.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
     return found
-
-
-def with_compiled(options: Options, model: torch.nn.Module) -> Options:
-    """The options, where `compiled` was to be found out: True if the model or a module in it has been compiled."""
-    if options.compiled is not None:
-        return options
-    return replace(options, compiled=any(module._compiled_call_impl is not None for module in model.modules()))

@@ -56,11 +56,10 @@ class Recomputed:
 class Exact:
     """The best that is reached exactly, instead of by compression: whether it fits the budget, its peak and time.
 
-    `means` is "untouched" where the step fits as it is, "checkpointing" (`method="exact"` installs it) or "compiler",
-    the private setting `torch._functorch.config.ban_recompute_materialized_backward=False`.
+    `means` is "untouched" where the step fits as it is, or "checkpointing" (`method="exact"` installs it).
     """
 
-    means: Literal["checkpointing", "compiler", "untouched"]
+    means: Literal["checkpointing", "untouched"]
     fits: bool
     peak_bytes: int
     step_seconds: float
@@ -95,13 +94,13 @@ class Plan:
     plus overhead; `measured` is the peak of a real step, once there was one, `in_effect` how many calls ran compressed,
     as `plan_of` finds it. `recomputed` names the blocks that recompute in backward; `exact` is the best that is done
     exactly in place of the compression, None where nothing is compressed, without a budget, and without blocks to
-    recompute. `compiled` tells whether the step is one of torch.compile, `method` what was allowed, `autocast` the
-    dtype of the autocast that was on, `torch_version` the PyTorch that it was made with. Step times are predicted for
-    `rates`.
+    recompute. `compiled` is True for a step of torch.compile(model), "blocks" for one in which each block is compiled
+    by itself, `method` what was allowed, `autocast` the dtype of the autocast that was on, `torch_version` the PyTorch
+    that it was made with. Step times are predicted for `rates`.
     """
 
     model: str
-    compiled: bool
+    compiled: bool | Literal["blocks"]
     device: str
     optimizer: str
     inputs: tuple[Input, ...]

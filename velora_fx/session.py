@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from velora_fx.analyse import analyse, captured, check_plan_fits, region_plans
+from velora_fx.capture import find_blocks
 from velora_fx.capture_ahead import CaptureAhead
 from velora_fx.choose import Planner
 from velora_fx.first_forward import FirstForward, Request, wait
 from velora_fx.ops import without_wrappers
-from velora_fx.options import with_compiled
+from velora_fx.options import Options
 from velora_fx.peaks import Measured
 from velora_fx.plans import InEffect, Plan
 from velora_fx.progress import planning_progress
@@ -71,6 +72,16 @@ class Installed:
         text = mismatch_text(self.plan)
         if text is not None:
             warnings.warn(f"velora_fx: {text}", stacklevel=4)
+
+
+def with_compiled(options: Options, model: torch.nn.Module) -> Options:
+    """The options, where `compiled` was to be found out: "blocks" if repeated blocks of the model have been compiled,
+    True if all of it or anything else in it has."""
+    if options.compiled is not None:
+        return options
+    compiled = [module for module in model.modules() if module._compiled_call_impl is not None]
+    blocks = {block for block in find_blocks(model).values() if block is not model}
+    return replace(options, compiled="blocks" if compiled and blocks.issuperset(compiled) else bool(compiled))
 
 
 def apply_request(model: torch.nn.Module, request: Request, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -35,15 +35,14 @@ def test_every_budget_is_met_and_with_more_memory_neither_price_nor_free_memory_
     batch = case.batch(4, IMAGE)
     options = Options(optimizer="sgd", compiled=target == "inductor", loss_fn=loss_of)
     planner = Planner(analyse(model, (), batch, options, torch.device("cpu"), lambda step: None), name, options)
-    untouched, exact = planner.analysis.baseline, planner.rivals.checkpointing.tightest[1]
+    untouched, exact = planner.analysis.baseline, planner.tightest("exact")[1]
     problem, found = Problem(planner.analysis, compresses=True, recomputes=True), []
     count = NUM_BUDGETS[target]
     for number in range(count):
         budget_bytes = exact.peak_bytes + (untouched.peak_bytes - exact.peak_bytes) * number // count
         plan = planner.plan(budget_bytes)
         planned = velora_fx.apply(copy.deepcopy(model), plan, batch)
-        compiled = "blocks" if plan.recomputed else "inductor"
-        measured = measured_peak(planned, batch, compiled if options.compiled else "eager", loss_of)
+        measured = measured_peak(planned, batch, target, loss_of)
         assert measured <= 1.002 * budget_bytes
         found.append((problem.cost(actions_of(plan, planner.analysis)), -plan.planned.peak_bytes))
         is_fair = exact.step_seconds <= (1 + FAIR_SHARE) * untouched.step_seconds

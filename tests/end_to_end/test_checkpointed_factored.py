@@ -18,9 +18,10 @@ import velora_fx
 from tests.helpers.allocator import peak_of
 from tests.helpers.factored import assert_same_weights, carriers, loss_value
 from tests.helpers.gradients import tightest
-from tests.helpers.peaks import assert_near, measured_peak, tensor_bytes
+from tests.helpers.peaks import assert_near, measured_peak, tensor_bytes, uncached_without_kernels
 from tests.helpers.toys import Block, Stack, rows, without_dropout
 from tests.helpers.zoo import loss_of
+from velora_fx.capture import find_blocks
 from velora_fx.runtime import Recompute
 
 
@@ -243,16 +244,31 @@ def test_a_block_is_compressed_and_recomputed_where_neither_alone_meets_the_budg
     assert_same_weights(models[0], models[1], start)
 
 
+@pytest.mark.parametrize("compiled", [True, pytest.param("blocks", marks=pytest.mark.slow)])
+def test_compiled_blocks_that_are_compressed_and_recomputed_take_what_is_planned(compiled: bool | str) -> None:
+    torch.manual_seed(0)
+    model, batch = without_dropout(Stack(2, width=64)).train(), {"x": rows(32, 64, 64)}
+    options = {"gradients": "factored", "optimizer": "adamw", "sub_token_sizes": (8,), "compiled": compiled}
+    plan = tightest(model, batch, method="auto", **options)
+    assert len(plan.recomputed) == 2 and len(plan.compressed) >= 4
+    assert_near(plan.planned.peak_bytes, measured_peak_with_adamw(model, plan, batch), "inductor")
+
+
 def measured_peak_with_adamw(model: nn.Module, plan: velora_fx.Plan, batch: dict[str, Tensor]) -> int:
-    """Of the second step of a copy with the plan applied."""
+    """Of the second step of a copy with the plan applied, run as it was planned for."""
     planned = velora_fx.apply(copy.deepcopy(model), plan, batch)
     optimizer = torch.optim.AdamW(planned.parameters())
+    torch._dynamo.reset()
+    run = torch.compile(planned, fullgraph=True) if plan.compiled is True else planned
+    for block in find_blocks(planned).values() if plan.compiled == "blocks" else ():
+        block.compile(fullgraph=True)
 
     def step() -> None:
-        planned(**batch).backward()
+        run(**batch).backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    step()
-    states = [value for state in optimizer.state.values() for value in state.values()]
-    return tensor_bytes([*planned.parameters(), *planned.buffers(), *states, *batch.values()]) + peak_of(step)
+    with uncached_without_kernels():
+        step()
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        return tensor_bytes([*planned.parameters(), *planned.buffers(), *states, *batch.values()]) + peak_of(step)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,8 +92,7 @@ def measured_peak(
         backward()
         optimizer.step()
 
-    uncached = {"fx_graph_cache": False, "compile_threads": 1}
-    with without_kernels(), config.patch(uncached), functorch_config.patch(enable_autograd_cache=False):
+    with uncached_without_kernels():
         whole_step()
         optimizer.zero_grad()
         if accumulates:
@@ -100,6 +100,14 @@ def measured_peak(
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         before = tensor_bytes([*model.parameters(), *model.buffers(), *gradients, *batch.values()])
         return before + peak_of(whole_step)
+
+
+@contextlib.contextmanager
+def uncached_without_kernels() -> Iterator[None]:
+    """Has the compiler write its code anew, and none of its kernels compute."""
+    uncached = {"fx_graph_cache": False, "compile_threads": 1}
+    with without_kernels(), config.patch(uncached), functorch_config.patch(enable_autograd_cache=False):
+        yield
 
 
 def assert_predicted(

@@ -47,10 +47,8 @@ class Analysis:
     """A model's step: its timeline, what can be compressed or recomputed, and what cannot.
 
     `sharing` are candidates whose input is kept anyway. `timeline` is that of the trial step, whose events `findings`
-    and `blocks` refer to. `simulate` gives the timeline with the given actions; with `compiler_recomputes` that of a
-    compiler that is told to recompute what it can, with `by_blocks`, or where blocks are recomputed, that of blocks
-    that are compiled one by one (`block.compile()`). `as_one` compiles all blocks of a model in one graph, also where
-    there are many.
+    and `blocks` refer to. `simulate` gives the timeline with the given actions; with `as_one` all blocks of a model are
+    compiled in one graph, also where there are many.
     """
 
     findings: Findings
@@ -73,20 +71,16 @@ class Analysis:
         """All that can be compressed, whether that frees memory or saves time alone."""
         return *self.candidates, *self.sharing
 
-    @property
-    def has_blocks(self) -> bool:
-        """False for a model in which nothing repeats."""
-        return set(self.findings.calls) != {""}
-
-    def peak(self, actions: Actions, **how: bool) -> Peak:
-        """The simulated peak with the given actions, overhead included; `how` is as for `simulate`."""
-        return with_overhead(self.simulate(actions, **how).peak, self.device)
+    def peak(self, actions: Actions, as_one: bool = False) -> Peak:
+        """The simulated peak with the given actions, overhead included; `as_one` is as for `simulate`."""
+        return with_overhead(self.simulate(actions, as_one).peak, self.device)
 
     def confirmed(self, actions: Actions, peak: Peak) -> Peak:
         """The peak with these actions where `peak` is that of a compiled model with some of its blocks apart, and they
         are few enough to compile all of it as one graph; else the same peak."""
-        is_apart = self.is_compiled and ALL_JOINED < self.num_block_calls <= MOST_CONFIRMED
-        return self.peak(actions, as_one=True) if is_apart and not actions.recomputed else peak
+        is_traced = self.simulate.rehearsal.is_traced
+        is_apart = is_traced and ALL_JOINED < self.num_block_calls <= MOST_CONFIRMED
+        return self.peak(actions, as_one=True) if is_apart else peak
 
 
 def analyse(
@@ -108,6 +102,11 @@ def analyse(
             "check requires_grad of its parameters"
         )
     check_unwrapped(model, options.is_factored)  # it may have been wrapped since it was optimised
+    if options.compiled == "blocks" and "" in find_blocks(model):
+        raise ValueError(
+            "compiled='blocks' is for a model whose repeated blocks are compiled one by one, and this one has no "
+            "repeated blocks: use compiled=True for torch.compile(model)"
+        )
     optimizer_factory(options.optimizer, model, device)  # refuses what cannot be planned for
     rehearsal = Rehearsal(model, args, kwargs, options, device)
     findings = _findings(rehearsal, progress)
@@ -158,19 +157,20 @@ def _findings(rehearsal: Rehearsal, progress: Callable[[str], None]) -> Findings
     if not rehearsal.is_compiled and shortened.left_out:
         with contextlib.suppress(UnequalError):
             return _called(rehearsal, _shortened_findings(rehearsal, shortened, progress))
-    fake = rehearsal.fake_model()
+    fake = rehearsal.fake_model(rehearsal.is_compiled)
     if not rehearsal.is_compiled:
         run_step, traced = rehearsal.eager_step, rehearsal.traced_forward
         return _called(rehearsal, probe(fake, run_step, traced, Tracker(), progress, rehearsal.passed_by))
     findings = _called(rehearsal, probe(fake, None, rehearsal.traced_forward, Tracker(), progress, rehearsal.passed_by))
     kept = KeptTensors(findings, Tracker())
-    timeline = rehearsal.observed_step(rehearsal.fake_model(), findings.graphs, kept.tracker, kept.observer_of)
+    fake = rehearsal.fake_model(traced=True)
+    timeline = rehearsal.observed_step(fake, findings.graphs, kept.tracker, kept.observer_of)
     return replace(findings, savings=tuple(kept.savings), last_uses=kept.last_uses, timeline=timeline)
 
 
 def _shortened_findings(rehearsal: Rehearsal, shortened: Shortened, progress: Callable[[str], None]) -> Findings:
     """The same of a trial step with few of the equal blocks."""
-    fake = rehearsal.fake_model(shortened=shortened)
+    fake = rehearsal.fake_model(traced=False, shortened=shortened)
     tracker = rehearsal.block_tracker(fake, shortened, rounding_bytes=1)
     steps: list[ShownStep] = []
 

@@ -13,6 +13,7 @@ from velora_fx.plans import Skipped
 from velora_fx.simulate import Saving, Timeline
 
 LARGEST_SUB_TOKEN = 128
+Key = tuple[str, str]  # region and name of a linear in it
 
 
 @dataclass(frozen=True)
@@ -94,59 +95,65 @@ def find_candidates(
     `num_weights` gives the entries of a parameter by its dotted name, `exclusion` a reason to leave a product as it
     is, or None.
     """
-    assert findings.timeline is not None
     reasons = {key: use.reason or exclusion(use) for key, use in findings.uses.items()}
     allowed = {key for key, reason in reasons.items() if reason is None}
-    made_again = {key for key, use in findings.uses.items() if use.is_recomputed}
-    by_storage: dict[int, list[Saving]] = {}
-    for saving in findings.savings:
-        by_storage.setdefault(saving.storage, []).append(saving)
-    merged: dict[tuple[str, ...], list[list[Saving]]] = {}
-    for savings in by_storage.values():
-        linear = [saving for saving in savings if saving.consumer is not None]
-        if not linear:
-            continue
-        if is_factored and all((saving.region, saving.consumer) in made_again for saving in linear):
-            continue
-        blocked = (
-            _untimely(findings.timeline, savings[0].storage) or _blocked(savings, reasons) or _undivided(linear, sizes)
-        )
-        for saving in linear:
-            key = (saving.region, saving.consumer or "")
-            if blocked is not None:
-                reasons[key] = reasons[key] or blocked
-        if blocked is None:
-            names = tuple(dict.fromkeys(f"{saving.region}/{saving.consumer}" for saving in linear))
-            merged.setdefault(names, []).append(linear)
-    for groups in merged.values():
-        keys = [(s.region, s.consumer or "") for group in groups for s in group]
-        if any(reasons[key] for key in keys):
-            for key in keys:
-                reasons[key] = reasons[key] or "another call of it saves an input that cannot be compressed"
-    candidates = tuple(
-        _candidate(groups, findings, sizes, num_weights)
-        for groups in merged.values()
-        if not any(reasons[s.region, s.consumer or ""] for group in groups for s in group)
-    )
-    chosen = {(s.region, s.consumer) for candidate in candidates for s in candidate.savings}
+    inputs = _compressible(findings, sizes, reasons, is_factored)
+    candidates = tuple(_candidate(groups, findings, sizes, num_weights) for groups in inputs)
+    chosen = {key for groups in inputs for key in _linears(groups)}
     skipped = tuple(
         Skipped(full_name(*key), reason or "its input is not kept for backward")
         for key, reason in reasons.items()
         if key not in chosen
     )
-    backward = {moment: start for start, moment in findings.timeline.marks}["backward"]
-    kept_anyway = [
-        saving
-        for saving in findings.savings
-        if (saving.region, saving.consumer) in allowed - chosen and findings.timeline.births[saving.storage] < backward
-    ]
+    kept_anyway = [saving for saving in _kept_in_forward(findings) if _linear(saving) in allowed - chosen]
     others = _sharing(kept_anyway, findings, sizes, num_weights)
     if is_factored:
-        known = chosen | {(saving.region, saving.consumer) for saving in kept_anyway}
+        known = chosen | set(map(_linear, kept_anyway))
         unkept = [saving for key, saving in findings.inputs.items() if key in allowed - known]
         shrinking = _sharing(unkept, findings, sizes, num_weights)
         others = (*others, *(replace(candidate, is_recomputed=True) for candidate in shrinking))
     return candidates, others, skipped
+
+
+def _compressible(
+    findings: Findings, sizes: Sequence[int] | None, reasons: dict[Key, str | None], is_factored: bool
+) -> list[list[list[Saving]]]:
+    """The inputs that can be compressed, those of one set of linears together; `reasons` gets why the others cannot."""
+    by_storage: dict[int, list[Saving]] = {}
+    for saving in findings.savings:
+        by_storage.setdefault(saving.storage, []).append(saving)
+    together: dict[tuple[Key, ...], list[list[Saving]]] = {}
+    for savings in by_storage.values():
+        linear = [saving for saving in savings if saving.consumer is not None]
+        if not linear or (is_factored and all(findings.uses[key].is_recomputed for key in _linears([linear]))):
+            continue
+        blocked = _untimely(findings, savings[0].storage) or _blocked(savings, reasons) or _undivided(linear, sizes)
+        if blocked is None:
+            together.setdefault(tuple(_linears([linear])), []).append(linear)
+        else:
+            reasons.update({key: reasons[key] or blocked for key in _linears([linear])})
+    for keys in together:
+        if any(reasons[key] for key in keys):
+            another = "another call of it saves an input that cannot be compressed"
+            reasons.update({key: reasons[key] or another for key in keys})
+    return [groups for keys, groups in together.items() if not any(reasons[key] for key in keys)]
+
+
+def _linear(saving: Saving) -> Key:
+    """Region and name of the linear that saves."""
+    return saving.region, saving.consumer or ""
+
+
+def _linears(groups: Iterable[Iterable[Saving]]) -> list[Key]:
+    """Those of all savings, each once."""
+    return list(dict.fromkeys(_linear(saving) for group in groups for saving in group))
+
+
+def _kept_in_forward(findings: Findings) -> list[Saving]:
+    """What is saved before backward begins."""
+    assert findings.timeline is not None
+    backward = {moment: start for start, moment in findings.timeline.marks}["backward"]
+    return [saving for saving in findings.savings if findings.timeline.births[saving.storage] < backward]
 
 
 def _sharing(
@@ -158,7 +165,7 @@ def _sharing(
     """What could be compressed although its input is kept anyway: one for each set of linears that read one input."""
     inputs: dict[tuple[str, str], list[Saving]] = {}
     for saving in savings:
-        inputs.setdefault((saving.region, saving.consumer or ""), []).append(saving)
+        inputs.setdefault(_linear(saving), []).append(saving)
     together: dict[tuple[object, ...], list[Saving]] = {}
     for own in inputs.values():
         together.setdefault(tuple((s.region, s.x, s.storage) for s in own), []).extend(own)
@@ -166,8 +173,10 @@ def _sharing(
     return tuple(replace(candidate, storages=(), bytes_before=0) for candidate in made if candidate.sizes)
 
 
-def _untimely(timeline: Timeline, storage: int) -> str | None:
+def _untimely(findings: Findings, storage: int) -> str | None:
     """Why a storage cannot be freed that is there before the forward, or is made in backward."""
+    timeline = findings.timeline
+    assert timeline is not None
     moments = {moment: start for start, moment in timeline.marks}
     birth = timeline.births[storage]
     if birth < moments["forward"]:
@@ -191,15 +200,15 @@ def common_width(savings: Sequence[Saving]) -> int:
     return math.gcd(*(saving.shape[-1] for saving in savings))
 
 
-def _blocked(savings: list[Saving], reasons: dict[tuple[str, str], str | None]) -> str | None:
+def _blocked(savings: Sequence[Saving], reasons: Mapping[Key, str | None]) -> str | None:
     others = list(dict.fromkeys(saving.operation for saving in savings if saving.consumer is None))
     if others:
         return f"input also saved by {', '.join(others)}"
-    for saving in savings:
-        if (saving.region, saving.consumer) not in reasons:
-            return f"input also saved by the frozen {full_name(saving.region, saving.consumer or '')}"
-        if reasons[saving.region, saving.consumer or ""] is not None:
-            return f"input also saved by {full_name(saving.region, saving.consumer or '')}, which stays as it is"
+    for key in map(_linear, savings):
+        if key not in reasons:
+            return f"input also saved by the frozen {full_name(*key)}"
+        if reasons[key] is not None:
+            return f"input also saved by {full_name(*key)}, which stays as it is"
     return None
 
 
@@ -214,7 +223,7 @@ def _candidate(
     savings = tuple(saving for group in groups for saving in group)
     storages = tuple(dict.fromkeys(saving.storage for saving in savings))
     first = savings[0]
-    parameters = [findings.uses[s.region, s.consumer or ""].weight for s in savings]
+    parameters = [findings.uses[_linear(saving)].weight for saving in savings]
     return Candidate(
         first.region,
         full_name(first.consumer or "", "input"),

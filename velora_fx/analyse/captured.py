@@ -35,4 +35,4 @@ def captured(
         with contextlib.suppress(Exception) if not rehearsal.is_compiled else contextlib.nullcontext():
             rehearsal.traced_forward(fake)
 
-    return probe(rehearsal.fake_model(), None, run, Tracker(), progress, rehearsal.passed_by)
+    return probe(rehearsal.fake_model(rehearsal.is_compiled), None, run, Tracker(), progress, rehearsal.passed_by)

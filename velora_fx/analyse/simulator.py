@@ -54,45 +54,40 @@ class Treatment:
 
 @dataclass(frozen=True)
 class Simulator:
-    """Simulates steps with actions on `candidates`, what is equal once."""
+    """Simulates steps with actions on `candidates`, equal ones and what is equal in them once."""
 
     rehearsal: Rehearsal
     findings: Findings
     candidates: Sequence[Candidate]
     progress: Callable[[str], None]
+    _timelines: dict[Hashable, Timeline] = field(default_factory=dict)
     _shown: dict[Hashable, ShownStep | None] = field(default_factory=dict)
 
-    def __call__(
-        self, actions: Actions, compiler_recomputes: bool = False, by_blocks: bool = False, as_one: bool = False
-    ) -> Timeline:
+    def __call__(self, actions: Actions, as_one: bool = False) -> Timeline:
         """The timeline of a step, as `Analysis` describes it."""
-        found = None if as_one else self.lengthened(actions, compiler_recomputes, by_blocks)
-        if found is not None:
-            return found
-        return self.whole(actions, compiler_recomputes, by_blocks, as_one)
+        key = frozenset(actions.sizes.items()), frozenset(actions.recomputed.items()), as_one
+        if key not in self._timelines:
+            found = None if as_one else self.lengthened(actions)
+            self._timelines[key] = self.whole(actions, as_one) if found is None else found
+        return self._timelines[key]
 
-    def whole(
-        self, actions: Actions, compiler_recomputes: bool = False, by_blocks: bool = False, as_one: bool = False
-    ) -> Timeline:
+    def whole(self, actions: Actions, as_one: bool = False) -> Timeline:
         """The same with every block simulated."""
-        rehearsal, by_blocks = self.rehearsal, self._is_by_blocks(actions, by_blocks)
+        rehearsal, graphs = self.rehearsal, self.findings.graphs
 
         def run(fake: torch.nn.Module) -> Timeline:
-            if by_blocks:
-                rehearsal.compile_blocks(fake, self.findings.graphs, compiler_recomputes)
-            if by_blocks or not rehearsal.is_compiled:
-                return rehearsal.eager_step(fake)
-            return rehearsal.compiled_step(fake, self.findings.graphs, compiler_recomputes, as_one)
+            if rehearsal.is_traced:
+                return rehearsal.compiled_step(fake, graphs, as_one)
+            if rehearsal.is_compiled:
+                rehearsal.compile_blocks(fake, graphs)
+            return rehearsal.eager_step(fake)
 
-        return self._with(self._treatment(actions), rehearsal.fake_model(by_blocks), run)
+        return self._with(self._treatment(actions), rehearsal.fake_model(rehearsal.is_traced), run)
 
-    def lengthened(
-        self, actions: Actions, compiler_recomputes: bool = False, by_blocks: bool = False
-    ) -> Timeline | None:
+    def lengthened(self, actions: Actions) -> Timeline | None:
         """The timeline of a step as it follows from one with few of its blocks; None where it does not."""
-        rehearsal, by_blocks = self.rehearsal, self._is_by_blocks(actions, by_blocks)
-        treatment = self._treatment(actions)
-        is_whole = rehearsal.is_compiled and not by_blocks
+        rehearsal, treatment = self.rehearsal, self._treatment(actions)
+        is_whole = rehearsal.is_traced
         ends = {name for row in rehearsal.rows for name in (row[0], row[-1])} if is_whole else set()
         shortened = shorten(rehearsal.rows, lambda name: (treatment.of(name), name in ends))
         if not shortened.left_out or (is_whole and self._num_calls <= ALL_JOINED):
@@ -102,21 +97,20 @@ class Simulator:
         def run(fake: torch.nn.Module) -> ShownStep:
             graphs = self.findings.graphs
             if is_whole:
-                return rehearsal.shown_compiled_step(fake, shortened, graphs, compiler_recomputes)
-            if by_blocks:
-                rehearsal.compile_blocks(fake, graphs, compiler_recomputes)
+                return rehearsal.shown_compiled_step(fake, shortened, graphs)
+            if rehearsal.is_compiled:
+                rehearsal.compile_blocks(fake, graphs)
             return rehearsal.shown_step(fake, shortened)
 
         key = (
             tuple((name, _key(plan)) for name, plan in shown.plans.items()),
             tuple(sorted(shown.recomputed.items())),
             tuple(stretch.shown for stretch in shortened.stretches),
-            (compiler_recomputes, by_blocks),
         )
         try:
             if key not in self._shown:
                 self._shown[key] = None
-                self._shown[key] = self._with(shown, rehearsal.fake_model(by_blocks, shortened), run)
+                self._shown[key] = self._with(shown, rehearsal.fake_model(is_whole, shortened), run)
             step = self._shown[key]
             return None if step is None else lengthen(step, shortened)
         except UnequalError as error:
@@ -127,9 +121,6 @@ class Simulator:
     def _num_calls(self) -> int:
         """How often the step calls blocks of which there are several equal ones."""
         return sum(self.findings.calls.get(name, 0) for row in self.rehearsal.rows for name in row)
-
-    def _is_by_blocks(self, actions: Actions, by_blocks: bool) -> bool:
-        return self.rehearsal.is_compiled and (by_blocks or bool(actions.recomputed))
 
     def _treatment(self, actions: Actions) -> Treatment:
         compressed, is_factored = by_consumers(self.candidates, actions.sizes), self.rehearsal.options.is_factored

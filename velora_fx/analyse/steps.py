@@ -67,15 +67,19 @@ class Rehearsal:
 
     @property
     def is_compiled(self) -> bool:
-        """True where the steps run as under torch.compile."""
+        """True where blocks, or all of the model, run as under torch.compile."""
         return bool(self.options.compiled)
 
-    def fake_model(self, by_blocks: bool = False, shortened: Shortened = WHOLE) -> torch.nn.Module:
-        """An untouched copy in training mode, with real integers for what runs eagerly, and with few of its equal
+    @property
+    def is_traced(self) -> bool:
+        """True where the model is compiled as a whole."""
+        return self.options.compiled is True
+
+    def fake_model(self, traced: bool, shortened: Shortened = WHOLE) -> torch.nn.Module:
+        """An untouched copy in training mode, with real integers unless it is to be traced, and with few of its equal
         blocks where it is `shortened`."""
-        traces_whole = self.is_compiled and not by_blocks
         places, noting = stand_ins(self.model, shortened)
-        fake = fake_copy(self.model, self.mode, self.device, "none" if traces_whole else "integers", places)
+        fake = fake_copy(self.model, self.mode, self.device, "none" if traced else "integers", places)
         uninstall(fake)
         remove_carriers(fake)
         unwatch(fake)
@@ -98,7 +102,7 @@ class Rehearsal:
     @cached_property
     def untouched(self) -> torch.nn.Module:
         """A copy to look at."""
-        return self.fake_model()
+        return self.fake_model(self.is_compiled)
 
     @cached_property
     def passed_by(self) -> frozenset[str]:
@@ -113,7 +117,7 @@ class Rehearsal:
 
     def _called(self, shortened: Shortened) -> set[str]:
         """The modules whose forward is called."""
-        fake, called = self.fake_model(shortened=shortened), set[str]()
+        fake, called = self.fake_model(self.is_compiled, shortened), set[str]()
         for name, module in fake.named_modules():
             if not isinstance(module, LeftOut):
                 module.forward = _noting(module.forward, partial(called.add, name))
@@ -138,22 +142,18 @@ class Rehearsal:
         tracker = tracker or self.block_tracker(fake, shortened)
         return tracker.step(self._step(fake, self._inputs("all"), tracker))
 
-    def shown_compiled_step(
-        self, fake: torch.nn.Module, shortened: Shortened, graphs: Graphs, compiler_recomputes: bool = False
-    ) -> ShownStep:
+    def shown_compiled_step(self, fake: torch.nn.Module, shortened: Shortened, graphs: Graphs) -> ShownStep:
         """A step of `torch.compile(model)` that is shortened, with its blocks compiled apart but for the ends."""
-        tracker, compiler = self.block_tracker(fake, shortened), self._compilers[compiler_recomputes]
-        return tracker.step(self._compiled_step(fake, graphs, tracker, unobserved, compiler, but_the_ends))
+        tracker = self.block_tracker(fake, shortened)
+        return tracker.step(self._compiled_step(fake, graphs, tracker, unobserved, but_the_ends))
 
-    def compiled_step(
-        self, fake: torch.nn.Module, graphs: Graphs, compiler_recomputes: bool = False, as_one: bool = False
-    ) -> Timeline:
+    def compiled_step(self, fake: torch.nn.Module, graphs: Graphs, as_one: bool = False) -> Timeline:
         """A step of `torch.compile(model)`; `graphs` are those of untouched blocks.
 
         Many blocks are compiled apart, equal ones once, which is sooner but a little off; not so with `as_one`.
         """
         tracker, apart = make_tracker(fake, self.device), no_calls if as_one else inner_calls
-        return self._compiled_step(fake, graphs, tracker, unobserved, self._compilers[compiler_recomputes], apart)
+        return self._compiled_step(fake, graphs, tracker, unobserved, apart)
 
     def observed_step(
         self, fake: torch.nn.Module, graphs: Graphs, tracker: Tracker, observer_of: ObserverOf
@@ -162,11 +162,11 @@ class Rehearsal:
 
         `observer_of` makes the observer of a graph, given the parameter behind each of its inputs.
         """
-        return self._compiled_step(fake, graphs, tracker, observer_of, self._compilers[False], all_calls)
+        return self._compiled_step(fake, graphs, tracker, observer_of, all_calls)
 
-    def compile_blocks(self, fake: torch.nn.Module, graphs: Graphs, compiler_recomputes: bool = False) -> None:
+    def compile_blocks(self, fake: torch.nn.Module, graphs: Graphs) -> None:
         """Has the blocks of a fake model run as after `block.compile()`: its step is an eager one from then on."""
-        compile_blocks(fake, graphs, self._compilers[compiler_recomputes], self.passed_by)
+        compile_blocks(fake, graphs, self._compiler, self.passed_by)
 
     def forward(self, fake: torch.nn.Module) -> None:
         """The forward alone, as it runs or, of compiled steps, as a compiler traces it."""
@@ -178,17 +178,11 @@ class Rehearsal:
         simulate_forward(fake, *self._inputs("none"), self.device, True, checks)
 
     def _compiled_step(
-        self,
-        fake: torch.nn.Module,
-        graphs: Graphs,
-        tracker: Tracker,
-        observer_of: ObserverOf,
-        compiler: Inductor,
-        apart: Apart,
+        self, fake: torch.nn.Module, graphs: Graphs, tracker: Tracker, observer_of: ObserverOf, apart: Apart
     ) -> Timeline:
         inputs = self._inputs("none")
         fake.forward = compiled_forward(
-            fake, *inputs, graphs, compiler, observer_of, tracker.inside, apart, self.passed_by
+            fake, *inputs, graphs, self._compiler, observer_of, tracker.inside, apart, self.passed_by
         )
         return self._step(fake, inputs, tracker)
 
@@ -215,9 +209,8 @@ class Rehearsal:
         return StepTimer(device_rates(self.device))
 
     @cached_property
-    def _compilers(self) -> dict[bool, Inductor]:
-        """By whether the compiler is told to recompute what it can; what is equal is compiled once."""
-        return {told: Inductor(self.device, self._timer, told) for told in (False, True)}
+    def _compiler(self) -> Inductor:
+        return Inductor(self.device, self._timer)
 
 
 def _noting(forward: Callable[..., Any], note: Callable[[], None]) -> Callable[..., Any]:

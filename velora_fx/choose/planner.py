@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from velora_fx.analyse import Actions, Analysis
-from velora_fx.choose.exact import ExactRivals
 from velora_fx.choose.price import FAIR_SHARE, STEPS
 from velora_fx.choose.search import Search
 from velora_fx.choose.speed import faster
@@ -14,9 +13,10 @@ from velora_fx.choose.write_plan import write_plan
 from velora_fx.names import in_units
 from velora_fx.options import Options
 from velora_fx.peaks import Peak
-from velora_fx.plans import BudgetError, Plan
+from velora_fx.plans import BudgetError, Exact, Plan
 
 AUTO, COMPRESS, EXACT = (True, True), (True, False), (False, True)  # whether to compress, whether to recompute
+METHODS = {"auto": AUTO, "compress": COMPRESS, "exact": EXACT}
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Planner:
             largest = max(self.options.sub_token_sizes or STEPS[:1])
             actions, planned = faster(self.analysis, actions, planned, budget_bytes, largest)
         if budget_bytes is not None and actions.sizes:
-            exact = self.rivals.within(budget_bytes)
+            exact = self._exact_rival(budget_bytes)
         plan = write_plan(
             self.analysis, self._widest.problem, actions, planned, exact, budget_bytes, self.name, self.options
         )
@@ -62,11 +62,16 @@ class Planner:
             best = min(fitting, key=lambda pair: self._widest.problem.cost(pair[0]), default=best)
             if best is not None and best[1].step_seconds <= fair_seconds:
                 break
-        return best or self._widest.tightest
+        return best or self.tightest(self.options.method)
+
+    def tightest(self, method: str) -> tuple[Actions, Peak]:
+        """The actions of the smallest peak that a method reaches."""
+        return self._search(*METHODS[method], None).tightest
 
     def _searches(self, largest: int | None) -> list[Search]:
         """The searches with sub-tokens up to `largest`, by what is allowed."""
-        kinds = {"auto": (AUTO, COMPRESS, EXACT), "compress": (COMPRESS,), "exact": (EXACT,)}[self.options.method]
+        method = self.options.method
+        kinds = tuple(METHODS.values()) if method == "auto" else (METHODS[method],)
         return [self._search(*kind, largest if kind[0] else None) for kind in kinds]
 
     def _search(self, compresses: bool, recomputes: bool, largest: int | None) -> Search:
@@ -93,10 +98,15 @@ class Planner:
         """The search among all actions that are allowed."""
         return self._search(self.options.compresses, self.options.recomputes, None)
 
-    @cached_property
-    def rivals(self) -> ExactRivals:
-        """What is compared with."""
-        return ExactRivals(self.analysis, self._search(*EXACT, None))
+    def _exact_rival(self, budget_bytes: int) -> Exact | None:
+        """The fastest exact step within the budget, or the smallest there is; None without blocks to recompute."""
+        untouched = self.analysis.baseline
+        if untouched.peak_bytes <= budget_bytes:
+            return Exact("untouched", True, untouched.peak_bytes, untouched.step_seconds)
+        if not self.analysis.blocks:
+            return None
+        _, peak = self._search(*EXACT, None).within(budget_bytes)
+        return Exact("checkpointing", peak.peak_bytes <= budget_bytes, peak.peak_bytes, peak.step_seconds)
 
     def _unreachable(self, plan: Plan) -> str:
         """What stands in the way of the budget, and what would help."""
@@ -113,7 +123,7 @@ class Planner:
     def _by_method(self, plan: Plan) -> str:
         """What each method reaches at the least."""
         smallest = {self.options.method: plan.planned.peak_bytes}
-        for method, kind in (("auto", AUTO), ("compress", COMPRESS), ("exact", EXACT)):
+        for method in METHODS:
             if method not in smallest and not (plan.is_factored and method == "exact"):
-                smallest[method] = self._search(*kind, None).tightest[1].peak_bytes
+                smallest[method] = self.tightest(method)[1].peak_bytes
         return ", ".join(f"method={method!r} reaches {in_units(size)}" for method, size in smallest.items())

@@ -12,7 +12,6 @@ from velora_fx.choose.moments import find_moments
 from velora_fx.choose.price import share_of
 from velora_fx.choose.solver import Item, Moment
 from velora_fx.choose.updates import Freed, find_freed
-from velora_fx.devices import with_overhead
 from velora_fx.peaks import Peak
 from velora_fx.runtime import Recompute
 from velora_fx.simulate import Timeline
@@ -127,17 +126,8 @@ class Problem:
         return Actions({}, {block.name: self._gains[block.levels][-1].level for block in self.blocks})
 
     def peak(self, actions: Actions) -> Peak:
-        """What is simulated already is not simulated again."""
-        key = frozenset(actions.sizes.items()), frozenset(actions.recomputed.items())
-        if key not in self._peaks:
-            is_known = self.analysis.is_compiled and actions == self.all_at(0)
-            timeline = self._smallest_sub_tokens if is_known else self.analysis.simulate(actions)
-            self._peaks[key] = with_overhead(timeline.peak, self.analysis.device)
-        return self._peaks[key]
-
-    @cached_property
-    def _peaks(self) -> dict[object, Peak]:
-        return {}
+        """The simulated peak with the actions."""
+        return self.analysis.peak(actions)
 
     @cached_property
     def projections_are_kept(self) -> bool:
@@ -149,7 +139,7 @@ class Problem:
         candidates = self.offered
         if not self.analysis.is_compiled or not candidates:
             return True
-        at_start = [t.saved_bytes for t in (self.analysis.untouched, self._smallest_sub_tokens)]
+        at_start = [t.saved_bytes for t in (self.analysis.untouched, self.analysis.simulate(self.all_at(0)))]
         full = sum(candidate.bytes_before for candidate in candidates)
         projections = sum(candidate.bytes_after(candidate.sizes[0]) for candidate in candidates)
         return at_start[0] - at_start[1] < full - projections // 2
@@ -158,10 +148,6 @@ class Problem:
     def sizes_matter(self) -> bool:
         """False where all sub-token sizes free the same."""
         return self.projections_are_kept or self.analysis.is_factored
-
-    @cached_property
-    def _smallest_sub_tokens(self) -> Timeline:
-        return self.analysis.simulate(self.all_at(0))
 
     def _candidate_item(self, candidate: Candidate, covered_by: int | None) -> Item:
         """Savings for each storage of the candidate, and the price of each size."""

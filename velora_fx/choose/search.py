@@ -56,7 +56,7 @@ class Search:
     def _found_within(self, tensor_budget_bytes: int) -> tuple[Actions, Peak]:
         if self._untouched.tensor_bytes <= tensor_budget_bytes:
             return Actions(), self._untouched
-        if self._bottom[1].tensor_bytes > tensor_budget_bytes and self._tightest[1].tensor_bytes > tensor_budget_bytes:
+        if self._bottom.tensor_bytes > tensor_budget_bytes and self._tightest[1].tensor_bytes > tensor_budget_bytes:
             return self._tightest
         return self._no_dearer_than_one_size(self._on_the_ladder(tensor_budget_bytes), tensor_budget_bytes)
 
@@ -107,7 +107,7 @@ class Search:
     def _expected_to_fit(self, rung: int, tensor_budget_bytes: int) -> bool | None:
         """What needs no simulation: how far the solver's estimates are off is known at both ends of the ladder."""
         low, high = self._ends
-        errors = self._bottom[1].tensor_bytes - low, self._untouched.tensor_bytes - high
+        errors = self._bottom.tensor_bytes - low, self._untouched.tensor_bytes - high
         margin = abs(errors[1] - errors[0]) // 4 + (high - low) // self._rungs
         target = self._target(rung)
         if target + max(errors) + margin <= tensor_budget_bytes:
@@ -177,12 +177,9 @@ class Search:
         return with_overhead(self.analysis.untouched.peak, self.analysis.device)
 
     @cached_property
-    def _bottom(self) -> tuple[Actions, Peak]:
-        """What the lowest rung of the ladder stands for."""
-        if self.problem.sizes_matter or self.recomputes or not self.problem.offered:
-            return self._tightest
-        actions = self.problem.all_at(0)
-        return actions, self.problem.peak(actions)
+    def _bottom(self) -> Peak:
+        """The peak of what the lowest rung of the ladder stands for."""
+        return self.problem.peak(self.problem.actions(highest_levels(self.problem.items)))
 
     @cached_property
     def tightest(self) -> tuple[Actions, Peak]:
@@ -203,5 +200,5 @@ class Search:
             besides = [c for c in self.problem.candidates if c.region not in covered]
             mixed = Actions({c.key: c.sizes[-1] for c in besides}, alone.recomputed)
             for actions in (alone, mixed) if besides else (alone,):
-                found.append((actions, self.analysis.peak(actions)))
+                found.append((actions, self.problem.peak(actions)))
         return min([*found, (Actions(), self._untouched)], key=lambda pair: pair[1].peak_bytes)

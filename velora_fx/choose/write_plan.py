@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from velora_fx.analyse import Actions, Analysis, Candidate, autocast_in, weight_names
-from velora_fx.choose.output_notes import SAME, output_notes
+from velora_fx.choose.output_notes import output_notes
 from velora_fx.choose.problem import Problem
 from velora_fx.choose.search import Search
 from velora_fx.choose.updates import updates_of
@@ -38,7 +38,7 @@ def write_plan(
     consumers = {name for candidate in decided for name in candidate.consumers}
     plan = Plan(
         model=name,
-        compiled=analysis.is_compiled,
+        compiled=bool(options.compiled) if options.compiled != "blocks" else "blocks",
         device=str(analysis.device.type),
         optimizer=optimizer_name(options.optimizer),
         inputs=analysis.inputs,
@@ -62,7 +62,7 @@ def write_plan(
         autocast=autocast_in(analysis.findings, analysis.device.type),
         torch_version=str(torch.__version__),
     )
-    return replace(plan, notes=tuple(_notes(problem, actions, plan, options)))
+    return replace(plan, notes=tuple(_notes(problem, plan, options)))
 
 
 def optimizer_name(optimizer: object) -> str:
@@ -103,9 +103,9 @@ def _decision(
     )
 
 
-def _notes(problem: Problem, actions: Actions, plan: Plan, options: Options) -> list[str]:
+def _notes(problem: Problem, plan: Plan, options: Options) -> list[str]:
     analysis, held = problem.analysis, plan.planned.breakdown.get("optimizer", 0)
-    notes = [*analysis.notes, *_regional_note(analysis, actions, plan)]
+    notes = [*analysis.notes]
     if plan.planned.moment == "optimizer step":
         others = "" if plan.is_factored else "gradients='factored', "
         notes.append(
@@ -116,11 +116,6 @@ def _notes(problem: Problem, actions: Actions, plan: Plan, options: Options) -> 
         notes.append(
             f"the state of {options.optimizer!r} is {in_units(held)} of the peak, as torch.optim has it: pass the "
             "class or the optimizer that you train with if it is another"
-        )
-    if plan.recomputed and analysis.is_compiled:
-        notes.append(
-            "figures with recompute are those of blocks that are compiled one by one (block.compile()): "
-            "torch.compile(model) may recompute several blocks at once and hold more"
         )
     if analysis.findings.empty_caches and analysis.is_compiled:
         notes.append(
@@ -154,18 +149,4 @@ def _overwritten(analysis: Analysis) -> list[str]:
             for n in whole
         ),
         *(f"{n or 'the model'} is not recomputed: what it is given is written in place" for n in never),
-    ]
-
-
-def _regional_note(analysis: Analysis, actions: Actions, plan: Plan) -> list[str]:
-    """What the same step holds where blocks are compiled one by one, if that is another figure."""
-    if not analysis.is_compiled or not analysis.has_blocks or actions.recomputed:
-        return []
-    peak_bytes = analysis.peak(actions, by_blocks=True).peak_bytes
-    if abs(peak_bytes - plan.planned.peak_bytes) <= SAME * plan.planned.peak_bytes:
-        return []
-    is_over = plan.budget_bytes is not None and peak_bytes > plan.budget_bytes
-    return [
-        f"all figures are for torch.compile(model); with each block compiled by itself (block.compile()) the peak is "
-        f"{in_units(peak_bytes)}{', over the budget' if is_over else ''}"
     ]

@@ -27,6 +27,7 @@ from velora_fx.plans import BudgetError, Plan
 from velora_fx.report.plot import figure_class
 
 FITS, DOES_NOT_FIT, BAD_INPUT, FAILED = 0, 1, 2, 3
+COMPILED = {"model": True, "blocks": "blocks"}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -114,7 +115,13 @@ def parser() -> argparse.ArgumentParser:
         default="cuda",
         help="what is planned for (default: cuda; no GPU is needed)",
     )
-    add("--compiled", action="store_true", help="the step runs under torch.compile (default: eager)")
+    add(
+        "--compiled",
+        nargs="?",
+        const="model",
+        choices=COMPILED,
+        help="the step runs under torch.compile; blocks: each repeated block by itself (default: eager)",
+    )
     add(
         "--method",
         choices=METHODS,
@@ -178,7 +185,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "optimizer": _optimizer(arguments.optimizer),
         "method": arguments.method,
-        "compiled": arguments.compiled,
+        "compiled": COMPILED.get(arguments.compiled, False),
         "gradients": arguments.gradients,
         "projection": arguments.projection,
         "sub_token_sizes": _sizes(arguments.sub_token_sizes),

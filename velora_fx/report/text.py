@@ -74,7 +74,7 @@ def _header(plan: Plan) -> str:
 
 def step_name(plan: Plan) -> str:
     """How the step runs."""
-    return "compiled" if plan.compiled else "eager"
+    return {True: "compiled", "blocks": "compiled block by block", False: "eager"}[plan.compiled]
 
 
 def inputs_text(plan: Plan) -> str:
@@ -91,11 +91,8 @@ def _exactly(plan: Plan, exact: Exact) -> str:
         return "the budget is also met by the step as it is"
     if not exact.fits:
         return f"not reachable by recompute alone: {in_units(exact.peak_bytes)} at the least"
-    means = {
-        "checkpointing": "method='exact' recomputes in backward",
-        "compiler": "torch._functorch.config.ban_recompute_materialized_backward=False",
-    }[exact.means]
-    return f"this budget is also reachable exactly, step time {time_ratio(plan, exact.step_seconds)} ({means})"
+    ratio = time_ratio(plan, exact.step_seconds)
+    return f"this budget is also reachable exactly, step time {ratio} (method='exact' recomputes in backward)"
 
 
 def time_ratio(plan: Plan, seconds: float) -> str:

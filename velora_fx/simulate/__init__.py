@@ -3,6 +3,7 @@
 from velora_fx.simulate.block_tracker import BlockTracker, ShownStep
 from velora_fx.simulate.equal_blocks import find_rows
 from velora_fx.simulate.fake import as_compiled, fake_copy, fake_mode, fake_tensor, kernels_of
+from velora_fx.simulate.finite import FiniteValues
 from velora_fx.simulate.lengthen import lengthen
 from velora_fx.simulate.renaming import renaming
 from velora_fx.simulate.repetition import Repetition
@@ -16,6 +17,7 @@ from velora_fx.simulate.tracker import Tracker
 __all__ = [
     "WHOLE",
     "BlockTracker",
+    "FiniteValues",
     "Repetition",
     "SavedTensors",
     "Saving",

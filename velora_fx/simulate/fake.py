@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from velora_fx.capture import own_attributes
 from velora_fx.ops import compress_blocks
-from velora_fx.simulate.finite import FiniteValues
 from velora_fx.simulate.rebind import rebind_functions
 from velora_fx.simulate.storages import as_on_cpu
 
@@ -240,13 +239,10 @@ def _fused_attention(
 
 
 @contextlib.contextmanager
-def kernels_of(device: torch.device, checks: set[str] | None = None) -> Iterator[None]:
-    """The context in which fake operators behave as the kernels of `device` do, on values that are finite.
-
-    `checks` gets the places in the code that ask whether they are.
-    """
+def kernels_of(device: torch.device) -> Iterator[None]:
+    """The context in which fake operators behave as the kernels of `device` do."""
     fused = device.type == "cuda" and not torch.cuda.is_available()
-    with RealKernels(device), FusedAttention() if fused else contextlib.nullcontext(), FiniteValues(checks):
+    with RealKernels(device), FusedAttention() if fused else contextlib.nullcontext():
         yield
 
 

@@ -19,7 +19,7 @@ from velora_fx.devices import ALLOCATOR_BLOCK_BYTES
 from velora_fx.runtime import OptimizerFactory
 from velora_fx.simulate.block_tracker import BlockTracker
 from velora_fx.simulate.fake import as_compiled, kernels_of
-from velora_fx.simulate.finite import place_in
+from velora_fx.simulate.finite import FiniteValues, place_in
 from velora_fx.simulate.roofline import StepTimer
 from velora_fx.simulate.scopes import Scopes
 from velora_fx.simulate.timeline import Returned, Timeline
@@ -67,17 +67,12 @@ def simulate(
         scopes,
         timer,
         tracker,
-        kernels_of(device, checks),
+        kernels_of(device),
+        FiniteValues(checks),
         states,
     ):
         tracker.mark("forward")
-        output = _run_forward(lambda: model(*args, **kwargs))
-        returned = Returned(tracker.now, tuple({tracker.watch(tensor): None for tensor in _held_by(output)}))
-        if loss_fn is default_loss and own_loss(output) is None:
-            returned = replace(returned, float32_bytes=4 * sum(t.numel() for t in _trained(output)))
-        loss = _checked_loss(_run_forward(partial(loss_fn, output)))
-        del output  # as `model(**batch).loss.backward()` does, and trainers
-        tracker.name_loss(loss)
+        loss, returned = _loss(lambda: model(*args, **kwargs), loss_fn, tracker)
         tracker.mark("backward")
         for storage in tracker.live():
             if storage not in before:
@@ -89,12 +84,29 @@ def simulate(
             tracker.mark("optimizer step")
             if optimizer is not None:
                 _optimizer_step(optimizer)
-    stepped = optimizer.state.items() if optimizer is not None else ()
-    for state in [state for parameter, state in stepped if parameter.grad is None]:  # in training there would be none
-        for value in state.values():
+    _discount_unused_state(optimizer, tracker)
+    return replace(tracker.timeline(), seconds=timer.seconds, returned=returned)
+
+
+def _loss(
+    forward: Callable[[], Any], loss_fn: Callable[[Any], torch.Tensor], tracker: Tracker
+) -> tuple[torch.Tensor, Returned]:
+    """The loss, and what the forward returned, which is let go: `model(**batch).loss.backward()`, as trainers do."""
+    output = _run_forward(forward)
+    returned = Returned(tracker.now, tuple({tracker.watch(tensor): None for tensor in _held_by(output)}))
+    if loss_fn is default_loss and own_loss(output) is None:
+        returned = replace(returned, float32_bytes=4 * sum(t.numel() for t in _trained(output)))
+    loss = _checked_loss(_run_forward(partial(loss_fn, output)))
+    tracker.name_loss(loss)
+    return loss, returned
+
+
+def _discount_unused_state(optimizer: torch.optim.Optimizer | None, tracker: Tracker) -> None:
+    """In training there would be no state of a parameter that has no gradient."""
+    for parameter, state in optimizer.state.items() if optimizer is not None else ():
+        for value in state.values() if parameter.grad is None else ():
             if isinstance(value, torch.Tensor):
                 tracker.discount(value)
-    return replace(tracker.timeline(), seconds=timer.seconds, returned=returned)
 
 
 @contextlib.contextmanager
@@ -183,7 +195,7 @@ def simulate_forward(
 ) -> None:
     """Runs the forward alone, for what it calls; `is_traced` as a compiler traces it, `checks` is as for `simulate`."""
     way = as_compiled() if is_traced else contextlib.nullcontext()
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), kernels_of(device, checks), way:
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), kernels_of(device), FiniteValues(checks), way:
         _run_forward(lambda: model(*args, **kwargs))
 
 

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import velora_fx
 from tests.helpers import zoo
+from tests.helpers.gradients import assert_same_gradients
 from tests.helpers.peaks import assert_near, measured_peak, plans_for, predict
 from tests.helpers.toys import Stack, rows, stack, without_dropout
 from velora_fx.analyse import Actions
@@ -24,12 +25,12 @@ def batch() -> dict[str, Tensor]:
 
 def test_the_peak_is_the_allocators_untouched_and_compressed() -> None:
     model = without_dropout(stack(num_blocks=4))
-    analysis = predict(model, batch(), compiled=True).analysis
+    analysis = predict(model, batch(), compiled="blocks").analysis
     sizes = {candidate.key: candidate.sizes[-1] for candidate in analysis.candidates}
     compressed = copy.deepcopy(model)
     install(compressed, plans_for(analysis, sizes), seed=0)
     for one, actions in ((model, Actions()), (compressed, Actions(sizes))):
-        peak = analysis.peak(actions, by_blocks=True)
+        peak = analysis.peak(actions)
         assert_near(peak.peak_bytes, measured_peak(one, batch(), "blocks"), "blocks")
 
 
@@ -38,9 +39,9 @@ def test_the_peak_is_the_allocators_untouched_and_compressed() -> None:
 def test_blocks_that_fill_a_cache_return_keys_and_values_that_live_as_long_as_it(name: str) -> None:
     case = next(case for case in zoo.ZOO if case.name == name)
     model, inputs = case.build(), case.batch(16, 32)
-    analysis = predict(model, inputs, compiled=True, loss_fn=zoo.loss_of).analysis
+    analysis = predict(model, inputs, compiled="blocks", loss_fn=zoo.loss_of).analysis
     assert_near(
-        analysis.peak(Actions(), by_blocks=True).peak_bytes,
+        analysis.peak(Actions()).peak_bytes,
         measured_peak(model, inputs, "blocks", zoo.loss_of),
         "blocks",
     )
@@ -57,30 +58,36 @@ class Checkpointing(Stack):
 def test_compiled_blocks_inside_of_checkpoints_run_twice() -> None:
     torch.manual_seed(0)
     model = without_dropout(Checkpointing(3))
-    analysis = predict(model, batch(), compiled=True).analysis
-    peak = analysis.peak(Actions(), by_blocks=True)
+    analysis = predict(model, batch(), compiled="blocks").analysis
+    peak = analysis.peak(Actions())
     assert_near(peak.peak_bytes, measured_peak(model, batch(), "blocks"), "blocks")
 
 
-def note_of(plan: velora_fx.Plan) -> str:
-    return next((note for note in plan.notes if "block.compile()" in note), "")
-
-
 @pytest.mark.slow
-def test_the_plan_says_for_which_way_of_compiling_its_figures_are_where_they_differ() -> None:
-    model = without_dropout(stack(num_blocks=4))
-    plan = velora_fx.plan(model, None, batch(), compiled=True, optimizer="sgd")
-    assert not note_of(plan)  # alike within one hundredth
-    torch.manual_seed(0)
-    checkpointing = without_dropout(Checkpointing(3))
-    plan = velora_fx.plan(checkpointing, None, batch(), compiled=True, optimizer="sgd")
-    assert note_of(plan).startswith("all figures are for torch.compile(model); with each block compiled by itself")
+def test_an_exact_plan_fits_and_its_gradients_are_the_untouched_ones() -> None:
+    model = without_dropout(stack(num_blocks=6))
+    reference = copy.deepcopy(model)
+    with pytest.raises(velora_fx.BudgetError) as raised:
+        velora_fx.plan(model, 1e-9, batch(), compiled="blocks", optimizer="sgd", method="exact")
+    tight = raised.value.plan
+    velora_fx.apply(model, tight, batch())
+    assert_near(tight.planned.peak_bytes, measured_peak(model, batch(), "blocks"), "blocks")
+    for one in (model, reference):
+        one.zero_grad()
+        one(**batch()).backward()
+    assert_same_gradients(model, reference)
 
 
-def test_a_model_in_which_nothing_repeats_and_an_eager_plan_have_no_such_note() -> None:
-    torch.manual_seed(0)
+def test_a_model_is_planned_for_compiled_blocks_where_its_blocks_are_compiled() -> None:
+    model = without_dropout(stack(num_blocks=2))
+    for block in model.blocks:
+        block.compile()
+    assert velora_fx.plan(model, None, batch()).compiled == "blocks"
+    model.compile()
+    assert velora_fx.plan(model, None, batch()).compiled is True
+
+
+def test_a_model_without_repeated_blocks_cannot_be_planned_for_compiled_ones() -> None:
     single = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 4))
-    for target, model in (("inductor", single), ("eager", without_dropout(stack()))):
-        name = "x" if target == "eager" else "input"
-        plan = velora_fx.plan(model, None, {name: rows(32, 64)}, compiled=target == "inductor", optimizer="sgd")
-        assert not note_of(plan)
+    with pytest.raises(ValueError, match=r"compiled='blocks' .* no repeated blocks: use compiled=True"):
+        velora_fx.plan(single, None, (rows(32, 64),), compiled="blocks", optimizer="sgd")

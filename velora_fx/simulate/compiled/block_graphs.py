@@ -84,15 +84,16 @@ class BlockGraphs:
         graph: RegionGraph | None = None
         carriers: Mapping[str, torch.Tensor] = {}
         projections: tuple[torch.Tensor, ...] = ()
-        if isinstance(forward, Region):
-            graph = forward.graph_for(call, key_of(call))
+        region = forward.previous if isinstance(forward, Checkpointed) else forward
+        if isinstance(region, Region):
+            graph = region.graph_for(call, key_of(call))
             if graph is not None and graph.gm is not None:
                 own = carriers_of(block)
-                carriers = {carrier: own[carrier] for carrier in forward.carriers}
-                projections = _fakes(forward.placed_on(call.tensors[0].device), call.tensors[0])
+                carriers = {carrier: own[carrier] for carrier in region.carriers}
+                projections = _fakes(region.placed_on(call.tensors[0].device), call.tensors[0])
         if graph is None or graph.gm is None:
             graph = find_graph(self.graphs.get(name, ()), call, key_of(call), exact=False)
-            if graph is None and captures and not isinstance(forward, Region):
+            if graph is None and captures and not isinstance(region, Region):
                 graph = self._captured(call)
         if graph is None or graph.gm is None:
             return None

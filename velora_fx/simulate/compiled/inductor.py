@@ -31,14 +31,11 @@ Observe = Callable[[Mapping[str, torch.Tensor], Mapping[str, Kept]], None]
 @dataclass
 class Inductor:
     """Compiles graphs for fake inputs, equal ones once, and runs them; `device` is the one that is planned for.
-
-    `timer` is told of the kernels that run. With `recomputes` the partitioner is let to recompute in backward what
-    matrix products there take, the exact rival of compression.
-    """
+    `timer`
+       is told of the kernels that run."""
 
     device: torch.device
     timer: StepTimer
-    recomputes: bool = False
     compiled: dict[tuple[Any, ...], CompiledGraph] = field(default_factory=dict)
 
     def run(self, gm: GraphModule, inputs: Sequence[torch.Tensor], observe: Observe) -> tuple[Any, ...]:
@@ -48,9 +45,9 @@ class Inductor:
         """
         key = (structure(gm), *(describe(tensor) for tensor in inputs))
         if key not in self.compiled:
-            with isolated(), kernels_of(self.device):
+            with isolated(), without_function_modes(), kernels_of(self.device):
                 likes = [_like(tensor) for tensor in inputs]  # what is compiled for stays with the compiled code
-                self.compiled[key] = _compile(gm, likes, self.timer, self.recomputes)
+                self.compiled[key] = _compile(gm, likes, self.timer)
         graph = self.compiled[key]
         graph.observe.append(observe)
         try:
@@ -58,6 +55,17 @@ class Inductor:
         finally:
             graph.observe.pop()
         return tuple(outputs)
+
+
+@contextlib.contextmanager
+def without_function_modes() -> Iterator[None]:
+    """Keeps the compiler out of the sight of function modes: each of its many calls on tensors would pass them."""
+    modes = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]
+    try:
+        yield
+    finally:
+        for mode in reversed(modes):
+            torch._C._push_on_torch_function_stack(mode)
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:
@@ -96,7 +104,7 @@ def describe(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
-def _compile(gm: GraphModule, inputs: Sequence[torch.Tensor], timer: StepTimer, recomputes: bool) -> CompiledGraph:
+def _compile(gm: GraphModule, inputs: Sequence[torch.Tensor], timer: StepTimer) -> CompiledGraph:
     from torch._functorch import config as functorch_config
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -139,13 +147,9 @@ def _compile(gm: GraphModule, inputs: Sequence[torch.Tensor], timer: StepTimer, 
         return code
 
     # Both graphs are compiled now: the backward's tells what is kept for which gradient.
-    eager_backward = {
-        "force_non_lazy_backward_lowering": True,
-        "enable_autograd_cache": False,
-        "ban_recompute_materialized_backward": not recomputes,
-    }
+    eager_backward = {"force_non_lazy_backward_lowering": True, "enable_autograd_cache": False}
     # Kernels are written but never run: plain ones are written soonest, and take the same buffers as vectorised ones.
-    uncached = {"fx_graph_cache": False, "compile_threads": 1, "cpp.simdlen": 1}
+    uncached = {"fx_graph_cache": False, "compile_threads": 1, "cpp.simdlen": 1, "graph_partition": False}
     with config.patch(uncached), functorch_config.patch(eager_backward):
         call: Any = compile_fx(_as_from_dynamo(gm), list(inputs), inner_compile=inner_compile)
     return CompiledGraph(call, kept, observe)

@@ -16,7 +16,7 @@ from velora_fx.capture import carriers_of, state_of
 from velora_fx.passes.cut_at_calls import cut_at_calls
 from velora_fx.passes.hoist_shared import Hoisted, hoist_shared
 from velora_fx.passes.join_graphs import Piece, join_graphs
-from velora_fx.simulate import kernels_of
+from velora_fx.simulate import FiniteValues, kernels_of
 from velora_fx.simulate.compiled.block_calls import BlockCall, record
 from velora_fx.simulate.compiled.inductor import Inductor, Observe, structure
 from velora_fx.simulate.compiled.one_node import OneGraph
@@ -111,7 +111,7 @@ def compiled_forward(
     compiled each by itself, equal ones once: as exact as it gets with none, the sooner the more there are. `passed_by`
     is as in `find_blocks`. Raises ValueError for a model that cannot be traced as a whole.
     """
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), kernels_of(inductor.device):
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), kernels_of(inductor.device), FiniteValues():
         calls = record(model, args, kwargs, graphs, passed_by)
         program = _program(trace(model, args, kwargs, calls, passed_by), calls, apart(calls))
     return CompiledForward(model, program, inductor, observer_of, inside)
