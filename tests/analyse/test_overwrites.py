@@ -138,7 +138,7 @@ def test_a_block_that_writes_to_its_input_is_not_recomputed() -> None:
 
 def test_compiled_blocks_that_write_to_a_products_result_are_recomputed_whole() -> None:
     model, batch = made(inside=halved)
-    plan = halfway(model, batch, method="exact", compiled=True)
+    plan = halfway(model, batch, method="exact", compiled="blocks")
     assert {item.recompute for item in plan.recomputed} == {"all"}
 
 

@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import velora_fx
 import velora_fx.choose.search
+from tests.helpers.gradients import tightest
 from tests.helpers.toys import AfterBlocks, rows, stack, without_dropout
 from tests.helpers.zoo import ZOO, loss_of
 from velora_fx.analyse import Actions, Analysis, analyse
@@ -182,3 +184,13 @@ def test_where_the_solver_finds_nothing_cheap_everything_at_one_size_is_taken(mo
     monkeypatch.setattr(velora_fx.choose.search, "choose", lambda *_: None)
     actions, peak = search.within(smallest + (untouched - smallest) // 3)
     assert actions == search.problem.all_at(1) and peak.peak_bytes < smallest + (untouched - smallest) // 3
+
+
+@pytest.mark.parametrize("method", ["compress", "auto"])
+def test_a_budget_of_one_byte_is_answered_with_the_plan_of_the_smallest_peak(method: str) -> None:
+    model, batch = stack(width=64), (rows(64, 64, 64),)
+    with pytest.raises(velora_fx.BudgetError) as raised:
+        velora_fx.plan(model, 1e-9, batch, optimizer="none", method=method)
+    found, expected = raised.value.plan, tightest(model, batch, method=method)
+    assert found.decisions == expected.decisions and found.recomputed == expected.recomputed
+    assert found.planned == expected.planned

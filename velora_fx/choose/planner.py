@@ -57,12 +57,19 @@ class Planner:
         fair_seconds = (1 + FAIR_SHARE) * self.analysis.baseline.step_seconds
         best = None
         for largest in self._bounds:
+            if largest != self._bounds[0] and best is None and self._smallest_bytes > budget_bytes:
+                break
             found = [search.within(budget_bytes) for search in self._searches(largest)]
             fitting = [(actions, peak) for actions, peak in found if peak.peak_bytes <= budget_bytes]
             best = min(fitting, key=lambda pair: self._widest.problem.cost(pair[0]), default=best)
             if best is not None and best[1].step_seconds <= fair_seconds:
                 break
         return best or self.tightest(self.options.method)
+
+    @property
+    def _smallest_bytes(self) -> int:
+        """The smallest peak that is reached with all that is allowed."""
+        return self.tightest(self.options.method)[1].peak_bytes
 
     def tightest(self, method: str) -> tuple[Actions, Peak]:
         """The actions of the smallest peak that a method reaches."""
