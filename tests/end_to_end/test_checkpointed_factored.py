@@ -244,13 +244,13 @@ def test_a_block_is_compressed_and_recomputed_where_neither_alone_meets_the_budg
     assert_same_weights(models[0], models[1], start)
 
 
-@pytest.mark.parametrize("compiled", [True, pytest.param("blocks", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiled", ["blocks", pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_blocks_that_are_compressed_and_recomputed_take_what_is_planned(compiled: bool | str) -> None:
     torch.manual_seed(0)
-    model, batch = without_dropout(Stack(2, width=64)).train(), {"x": rows(32, 64, 64)}
+    model, batch = without_dropout(Stack(3, width=64)).double().train(), {"x": rows(32, 64, 64).double()}
     options = {"gradients": "factored", "optimizer": "adamw", "sub_token_sizes": (8,), "compiled": compiled}
     plan = tightest(model, batch, method="auto", **options)
-    assert len(plan.recomputed) == 2 and len(plan.compressed) >= 4
+    assert len(plan.recomputed) == 3 and len(plan.compressed) >= 6
     assert_near(plan.planned.peak_bytes, measured_peak_with_adamw(model, plan, batch), "inductor")
 
 
