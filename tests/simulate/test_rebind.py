@@ -170,3 +170,11 @@ def test_a_replaced_forward_that_is_called_without_hooks_is_planned_at_its_secon
         outer(rows()).backward()
     assert velora_fx.plan_of(outer).compressed == plan.compressed
     assert compressed_weights(model)
+
+
+def test_a_copy_of_a_compiled_model_is_not_compiled() -> None:
+    model = stack()
+    model.compile(backend="eager")
+    model.blocks[0].compile(backend="eager")
+    copied = fake_copy(model, fake_mode(), torch.device("cpu"))
+    assert [name for name, module in copied.named_modules() if module._compiled_call_impl is not None] == []

@@ -28,6 +28,8 @@ def rebind_functions(model: torch.nn.Module, memo: dict[int, Any]) -> None:
             continue
         attributes = vars(copied)
         for name, value in vars(module).items():
+            if name == "_compiled_call_impl":  # `copy.deepcopy` leaves it out too
+                continue
             if isinstance(value, FUNCTIONS) or (callable(value) and id(value) in memo):
                 attributes[name] = rebound(value)
 
