@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -24,25 +26,21 @@ def inline_state_regions(gm: GraphModule) -> GraphModule:
         %y = ... the body of submod_0 ...
         torch._C._set_grad_enabled(True)
     """
-    for node in list(gm.graph.nodes):
-        if node.op != "call_function":
-            continue
-        if node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
-            enabled, body, *inputs = node.args
-            with gm.graph.inserting_before(node):
-                gm.graph.call_function(torch._C._set_grad_enabled, (enabled,))
-                outputs = _inline(gm, _submodule(gm, body), inputs)
-                gm.graph.call_function(torch._C._set_grad_enabled, (not enabled,))
-            _replace_outputs(gm, node, body, outputs)
-        elif node.target is torch.ops.higher_order.wrap_with_autocast:
-            device_type, dtype, enabled, cache_enabled, body, *inputs = node.args
-            with gm.graph.inserting_before(node):
-                mode = gm.graph.call_function(
-                    torch.amp.autocast_mode._enter_autocast, (device_type, dtype, enabled, cache_enabled)
-                )
-                outputs = _inline(gm, _submodule(gm, body), inputs)
-                gm.graph.call_function(torch.amp.autocast_mode._exit_autocast, (mode,))
-            _replace_outputs(gm, node, body, outputs)
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.wrap_with_set_grad_enabled):
+        enabled, body, *inputs = node.args
+        with gm.graph.inserting_before(node):
+            gm.graph.call_function(torch._C._set_grad_enabled, (enabled,))
+            outputs = _inline(gm, body, inputs)
+            gm.graph.call_function(torch._C._set_grad_enabled, (not enabled,))
+        _replace_outputs(gm, node, body, outputs)
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.wrap_with_autocast):
+        device_type, dtype, enabled, cache_enabled, body, *inputs = node.args
+        with gm.graph.inserting_before(node):
+            state = device_type, dtype, enabled, cache_enabled
+            mode = gm.graph.call_function(torch.amp.autocast_mode._enter_autocast, state)
+            outputs = _inline(gm, body, inputs)
+            gm.graph.call_function(torch.amp.autocast_mode._exit_autocast, (mode,))
+        _replace_outputs(gm, node, body, outputs)
     return gm
 
 
@@ -55,33 +53,20 @@ def is_state_node(node: Node) -> bool:
     )
 
 
-def _submodule(gm: GraphModule, body: Node) -> GraphModule:
-    submodule = gm.get_submodule(str(body.target))
-    assert isinstance(submodule, GraphModule)
-    return inline_state_regions(submodule)
-
-
-def _inline(gm: GraphModule, body: GraphModule, inputs: list[Any]) -> Any:
-    values: dict[Node, Any] = {}
-    placeholders = [node for node in body.graph.nodes if node.op == "placeholder"]
-    values.update(zip(placeholders, inputs, strict=True))
+def _inline(gm: GraphModule, wrapped: Node, inputs: Sequence[Any]) -> Any:
+    """Copies the nodes of a wrapped body to where nodes are inserted now; returns its outputs."""
+    body = gm.get_submodule(str(wrapped.target))
+    assert isinstance(body, GraphModule)
+    inline_state_regions(body)
+    values: dict[Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
     for node in body.graph.nodes:
         if node.op == "get_attr":
-            name = f"_inlined_{len(list(gm.graph.nodes))}"
-            setattr(gm, name, _attribute(body, str(node.target)))
+            name = f"_inlined_{len(gm.graph.nodes)}"
+            setattr(gm, name, attrgetter(node.target)(body))
             values[node] = gm.graph.get_attr(name)
         elif node.op == "call_function":
-            values[node] = gm.graph.node_copy(node, lambda old: values[old])
-        elif node.op == "output":
-            return torch.fx.map_arg(node.args[0], lambda old: values[old])
-    raise AssertionError("a graph without an output node")
-
-
-def _attribute(module: torch.nn.Module, dotted: str) -> Any:
-    value: Any = module
-    for part in dotted.split("."):
-        value = getattr(value, part)
-    return value
+            values[node] = gm.graph.node_copy(node, values.__getitem__)
+    return torch.fx.map_arg(body.graph.output_node().args[0], values.__getitem__)
 
 
 def _replace_outputs(gm: GraphModule, node: Node, body: Any, outputs: Any) -> None:

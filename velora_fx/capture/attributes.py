@@ -114,14 +114,15 @@ def recorded_reads(module: torch.nn.Module) -> Iterator[set[tuple[str, ...]]]:
     reads: set[tuple[str, ...]] = set()
     owners: dict[int, tuple[str, ...]] = {id(child): (name,) for name, child in module.named_modules()}
     classes = {type(child) for child in module.modules()}
-    for name, child in module.named_modules():
-        for attribute, value in vars(child).items():
-            if is_plain_object(value):
-                owners.setdefault(id(value), (name, attribute))
-                if type(value).__flags__ & HEAP_TYPE:
-                    classes.add(type(value))
-                else:
-                    reads.update((name, attribute, field) for field in vars(value))
+    attributes = [(name, *item) for name, child in module.named_modules() for item in vars(child).items()]
+    for name, attribute, value in attributes:
+        if not is_plain_object(value):
+            continue
+        owners.setdefault(id(value), (name, attribute))
+        if type(value).__flags__ & HEAP_TYPE:
+            classes.add(type(value))
+        else:
+            reads.update((name, attribute, field) for field in vars(value))
     with contextlib.ExitStack() as stack:
         for class_ in classes:
             stack.enter_context(_recording(class_, owners, reads))

@@ -47,31 +47,35 @@ def has_trainable_matrix(module: nn.Module, recurse: bool = True) -> bool:
 def child_regions(module: nn.Module, name: str) -> dict[str, nn.Module]:
     """The regions to try instead of a module that cannot be captured."""
     regions: dict[str, nn.Module] = {}
-    for child_name, child in module.named_children():
-        full = f"{name}.{child_name}" if name else child_name
+    for child_name, child in _children(module, name):
         if isinstance(child, CONTAINERS):
-            regions.update(child_regions(child, full))
+            regions.update(child_regions(child, child_name))
         elif has_trainable_matrix(child):
-            regions[full] = child
+            regions[child_name] = child
     return regions
 
 
-def _blocks(module: nn.Module, name: str, passed_by: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
+def _children(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """The children of a module of this dotted name, with theirs."""
     for child_name, child in module.named_children():
-        full = f"{name}.{child_name}" if name else child_name
+        yield f"{name}.{child_name}" if name else child_name, child
+
+
+def _blocks(module: nn.Module, name: str, passed_by: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
+    for child_name, child in _children(module, name):
         items = [item for item in child.children() if not isinstance(item, LeftOut)]
         if isinstance(child, CONTAINERS) and items and _is_repeated(items):
-            for item_name, item in child.named_children():
-                yield from _called(item, f"{full}.{item_name}", passed_by)
+            for item_name, item in _children(child, child_name):
+                yield from _called(item, item_name, passed_by)
         else:
-            yield from _blocks(child, full, passed_by)
+            yield from _blocks(child, child_name, passed_by)
 
 
 def _called(item: nn.Module, name: str, passed_by: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
     """An item of a list of blocks or, where its forward is not what is called, its parts."""
     if isinstance(item, LISTS) or name in passed_by:
-        for child_name, child in item.named_children():
-            yield from _called(child, f"{name}.{child_name}", passed_by)
+        for child_name, child in _children(item, name):
+            yield from _called(child, child_name, passed_by)
     elif has_trainable_matrix(item):
         yield name, item
 
@@ -86,12 +90,11 @@ def _is_repeated(items: list[nn.Module]) -> bool:
 def _owners(
     module: nn.Module, name: str, blocks: set[str], passed_by: Collection[str]
 ) -> Iterator[tuple[str, nn.Module]]:
-    for child_name, child in module.named_children():
-        full = f"{name}.{child_name}" if name else child_name
-        if full in blocks:
+    for child_name, child in _children(module, name):
+        if child_name in blocks:
             continue
-        holds_block = any(block.startswith(f"{full}.") for block in blocks)
-        if not holds_block and full not in passed_by and has_trainable_matrix(child, recurse=False):
-            yield full, child
+        holds_block = any(block.startswith(f"{child_name}.") for block in blocks)
+        if not holds_block and child_name not in passed_by and has_trainable_matrix(child, recurse=False):
+            yield child_name, child
         else:
-            yield from _owners(child, full, blocks, passed_by)
+            yield from _owners(child, child_name, blocks, passed_by)

@@ -35,22 +35,7 @@ class Checkpoint:
 def noted_checkpoints(opened: list[Checkpoint]) -> Iterator[None]:
     """Keeps in the list the checkpoints whose forward runs."""
     module = torch.utils.checkpoint
-    original_generator, original_function = module._checkpoint_without_reentrant_generator, module.CheckpointFunction
-
-    def generator(function: Any, preserve_rng_state: bool, context_fn: ContextFn, *args: Any, **kwargs: Any) -> Any:
-        with _open(opened, Checkpoint(False, preserve_rng_state, _given(context_fn))):
-            yield from original_generator(function, preserve_rng_state, context_fn, *args, **kwargs)
-
-    class Reentrant:
-        @staticmethod
-        def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
-            with _open(opened, Checkpoint(True, preserve_rng_state)):
-                return original_function.apply(function, preserve_rng_state, *args)  # type: ignore[no-untyped-call]
-
-    with (
-        replaced(module, "_checkpoint_without_reentrant_generator", generator),
-        replaced(module, "CheckpointFunction", Reentrant),
-    ):
+    with _instead(opened, module._checkpoint_without_reentrant_generator, module.CheckpointFunction.apply):
         yield
 
 
@@ -61,26 +46,43 @@ def inlined_checkpoints(after: Callable[[], None] = lambda: None) -> Iterator[li
     The list that it yields holds the checkpoints that are open.
     """
     opened: list[Checkpoint] = []
-    module = torch.utils.checkpoint
+
+    def generator(*args: Any, **kwargs: Any) -> Any:
+        yield
+        after()
+
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        result = function(*args)
+        after()
+        return result
+
+    with _instead(opened, generator, apply):
+        yield opened
+
+
+@contextlib.contextmanager
+def _instead(
+    opened: list[Checkpoint], generate: Callable[..., Any], apply_reentrant: Callable[..., Any]
+) -> Iterator[None]:
+    """Puts two functions in the place of PyTorch's: the generator around what a checkpoint calls, and the `apply` of a
+    reentrant one. Meanwhile the list holds the checkpoints that are open."""
 
     def generator(function: Any, preserve_rng_state: bool, context_fn: ContextFn, *args: Any, **kwargs: Any) -> Any:
-        with _open(opened, Checkpoint(False, preserve_rng_state, _given(context_fn))):
-            yield
-            after()
+        given = None if context_fn is torch.utils.checkpoint.noop_context_fn else context_fn
+        with _open(opened, Checkpoint(False, preserve_rng_state, given)):
+            yield from generate(function, preserve_rng_state, context_fn, *args, **kwargs)
 
     class Reentrant:
         @staticmethod
         def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
             with _open(opened, Checkpoint(True, preserve_rng_state)):
-                result = function(*args)
-                after()
-                return result
+                return apply_reentrant(function, preserve_rng_state, *args)
 
     with (
-        replaced(module, "_checkpoint_without_reentrant_generator", generator),
-        replaced(module, "CheckpointFunction", Reentrant),
+        replaced(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", generator),
+        replaced(torch.utils.checkpoint, "CheckpointFunction", Reentrant),
     ):
-        yield opened
+        yield
 
 
 @contextlib.contextmanager
@@ -111,10 +113,6 @@ class _Outside(TorchFunctionMode):
         if not self.opened and isinstance(result, torch.Tensor):
             self.outside.append(func)
         return result
-
-
-def _given(context_fn: ContextFn) -> ContextFn | None:
-    return None if context_fn is torch.utils.checkpoint.noop_context_fn else context_fn
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from velora_fx.capture.attributes import changes_in, holds_tensor, own_forward, 
 from velora_fx.capture.checkpoints import Checkpoint, whole_checkpoint
 from velora_fx.capture.refusals import CaptureError, refusals
 from velora_fx.capture.state import attached_to, state_of
+
+TRACED = (torch.Tensor, torch.SymInt)  # what a graph returns of a forward's results
 
 
 @dataclass(frozen=True)
@@ -56,65 +58,53 @@ def capture(
     saved-tensor hooks of the caller stay out of the graph. Raises CaptureError, also for a forward that leaves
     something behind on the module, which a graph would not do at its next call.
     """
-    structure, leaves = flatten((args, kwargs))
-    for leaf in leaves:
-        if not isinstance(leaf, (torch.Tensor, *CONSTANTS)):
-            raise CaptureError(f"its forward takes an argument of type {type(leaf).__name__}")
-    slots = [index for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
     state = state_of(module)
-    for name, tensor in state.items():
-        for attribute in attached_to(tensor):
-            raise CaptureError(f"{name} has tensors in its {attribute} (is it quantised?), which no graph has")
-    names = list(state)
-    caches_casts = torch.is_autocast_cache_enabled()
-    forward_only, result = _ForwardOnly(module), dict[str, Any]()
-
-    class Shim(torch.nn.Module):
-        def forward(self, ts: list[torch.Tensor]) -> list[Any]:
-            filled = list(leaves)
-            traced = dict(zip(slots, ts[len(names) :], strict=True))
-            for slot in slots:
-                filled[slot] = traced[next(other for other in slots if leaves[other] is leaves[slot])]
-            call_args, call_kwargs = unflatten(structure, filled)
-            named = {f"inner.{name}": tensor for name, tensor in zip(names, ts, strict=False)}
-            torch.set_autocast_cache_enabled(caches_casts)  # what the forward's autocast takes; tracing had set it off
-            with changes_in((call_args, call_kwargs)) as changed_arguments:
-                output = torch.func.functional_call(forward_only, named, call_args, call_kwargs)
-            if changed_arguments:
-                raise CaptureError("its forward changes a list or dict that it is given, which a graph would not do")
-            result["outputs"], result["leaves"] = flatten(output)
-            return [leaf for leaf in result["leaves"] if isinstance(leaf, (torch.Tensor, torch.SymInt))]
-
-    tensors = [leaves[slot] for slot in slots]
+    structure, leaves = flatten((args, kwargs))
+    _check_inputs(state, leaves)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     free = [{dim: Dim.AUTO for dim, size in enumerate(tensor.shape) if size != 1} for tensor in tensors]
+    call = _FlatCall(module, tuple(state), structure, leaves)
     with isolated(), own_forward(module, forward) as changed, recorded_reads(module) as reads:
         inputs = fakes_of([*state.values(), *tensors])
         try:
-            program = torch.export.export(Shim(), (inputs,), dynamic_shapes=([None] * len(state) + free,), strict=False)
+            program = torch.export.export(
+                _Shim(call), (inputs,), dynamic_shapes=([None] * len(state) + free,), strict=False
+            )
         except CaptureError:
             raise
         except Exception as error:
             raise CaptureError(_first_line(error)) from error
         finally:
-            leaves.clear()  # else they live in the cycle that a local class is, until Python looks for those
+            leaves.clear()  # else they live in the cycles that export leaves, until Python looks for those
     _check_attributes(module, reads, changed)
-    constants = []
-    for leaf in result["leaves"]:
-        if not isinstance(leaf, (torch.Tensor, torch.SymInt, *CONSTANTS)):
+    for leaf in call.results:
+        if not isinstance(leaf, (*TRACED, *CONSTANTS)):
             raise CaptureError(f"its forward returns a {type(leaf).__name__}")
-        constants.append(None if isinstance(leaf, (torch.Tensor, torch.SymInt)) else leaf)
-    output_slots = [i for i, leaf in enumerate(result["leaves"]) if isinstance(leaf, (torch.Tensor, torch.SymInt))]
-    gm = plain_graph_module(program, names)
+    gm = plain_graph_module(program, list(state))
     if any(
-        isinstance(held, (torch.nn.Parameter, FakeTensor)) for held in [*program.constants.values(), *gm.parameters()]
+        isinstance(held, (torch.nn.Parameter, FakeTensor)) for held in (*program.constants.values(), *gm.parameters())
     ):
         raise CaptureError(
             "its forward takes a parameter from elsewhere than its module, which a graph would not follow"
         )
-    guards = _guards(program, gm, len(state))
     return Captured(
-        gm, result["outputs"], tuple(constants), tuple(output_slots), guards, frozenset(reads), forward_only.checkpoint
+        gm,
+        outputs=call.output_structure,
+        constants=tuple(None if isinstance(leaf, TRACED) else leaf for leaf in call.results),
+        slots=tuple(index for index, leaf in enumerate(call.results) if isinstance(leaf, TRACED)),
+        guards=_guards(program, gm),
+        reads=frozenset(reads),
+        checkpoint=call.forward_only.checkpoint,
     )
+
+
+def _check_inputs(state: Mapping[str, torch.Tensor], leaves: Iterable[Any]) -> None:
+    for leaf in leaves:
+        if not isinstance(leaf, (torch.Tensor, *CONSTANTS)):
+            raise CaptureError(f"its forward takes an argument of type {type(leaf).__name__}")
+    for name, tensor in state.items():
+        for attribute in attached_to(tensor):
+            raise CaptureError(f"{name} has tensors in its {attribute} (is it quantised?), which no graph has")
 
 
 def _check_attributes(module: torch.nn.Module, reads: Iterable[tuple[str, ...]], changed: Sequence[str]) -> None:
@@ -124,6 +114,43 @@ def _check_attributes(module: torch.nn.Module, reads: Iterable[tuple[str, ...]],
             raise CaptureError(f"its forward reads {full}, a tensor that is no parameter or buffer: register it as one")
     if changed:
         raise CaptureError(f"its forward sets the attribute {changed[0]}, which a graph would not do")
+
+
+class _Shim(torch.nn.Module):
+    """A function of one flat list of tensors as the module that torch.export takes."""
+
+    def __init__(self, function: Callable[[list[torch.Tensor]], list[Any]]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, ts: list[torch.Tensor]) -> list[Any]:
+        return self.function(ts)
+
+
+class _FlatCall:
+    """The call of a module as a function of its state and of the tensors among the arguments; notes what it returns."""
+
+    def __init__(self, module: torch.nn.Module, names: tuple[str, ...], structure: Any, leaves: list[Any]) -> None:
+        self.forward_only = _ForwardOnly(module)
+        self.names, self.structure, self.leaves = names, structure, leaves
+        self.caches_casts = torch.is_autocast_cache_enabled()
+        self.output_structure: Any = None
+        self.results: list[Any] = []
+
+    def __call__(self, ts: list[torch.Tensor]) -> list[Any]:
+        state = {f"inner.{name}": tensor for name, tensor in zip(self.names, ts, strict=False)}
+        given, first = iter(ts[len(state) :]), dict[int, torch.Tensor]()  # a tensor that is given twice is one
+        filled = [
+            first.setdefault(id(leaf), next(given)) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves
+        ]
+        args, kwargs = unflatten(self.structure, filled)
+        torch.set_autocast_cache_enabled(self.caches_casts)  # what the forward's autocast takes; tracing had set it off
+        with changes_in((args, kwargs)) as changed_arguments:
+            output = torch.func.functional_call(self.forward_only, state, args, kwargs)
+        if changed_arguments:
+            raise CaptureError("its forward changes a list or dict that it is given, which a graph would not do")
+        self.output_structure, self.results = flatten(output)
+        return [leaf for leaf in self.results if isinstance(leaf, TRACED)]
 
 
 class _ForwardOnly(torch.nn.Module):
@@ -146,6 +173,7 @@ class _ForwardOnly(torch.nn.Module):
 
 
 def fakes_of(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Fake tensors like the given ones, with sizes of their own that export may make symbols of."""
     with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
         return [
             torch.empty_strided(
@@ -177,35 +205,29 @@ def plain_graph_module(program: ExportedProgram, names: list[str]) -> GraphModul
     values: dict[torch.fx.Node, torch.fx.Node] = {}
     output = graph.graph_copy(exported.graph, values)
     graph.output(tuple(output) if isinstance(output, (list, tuple)) else (output,))
-    attributes = {
-        str(node.target): exported.get_submodule(str(node.target))
-        if isinstance(getattr(exported, str(node.target), None), torch.nn.Module)
-        else getattr(exported, str(node.target))
-        for node in graph.nodes
-        if node.op in ("get_attr", "call_module")
-    }
-    gm = GraphModule(attributes, graph)
-    placeholders = [node.name for node in graph.nodes if node.op == "placeholder"]
-    gm.meta["state"] = dict(zip(placeholders, names, strict=False))
+    gm = GraphModule(exported, graph)
+    gm.meta["state"] = dict(zip((node.name for node in graph.find_nodes(op="placeholder")), names, strict=False))
     return gm
 
 
-def _guards(program: ExportedProgram, gm: GraphModule, num_state: int) -> tuple[str, ...]:
+def _guards(program: ExportedProgram, gm: GraphModule) -> tuple[str, ...]:
     """The conditions on input sizes under which the graph is the forward, over a list `ts` of all inputs."""
     guards = [re.sub(r"L\['ts'\]", "ts", guard) for guard in program._guards_code]
-    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    for index, node in enumerate(placeholders):
+    for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
         for dim, size in enumerate(node.meta["val"].shape):
-            where = f"ts[{index}].size()[{dim}]"
-            if not isinstance(size, torch.SymInt):
-                guards.append(f"{where} == {int(size)}")
-            elif (bounds := program.range_constraints.get(size.node.expr)) is not None:
-                if bounds.lower > 0:
-                    guards.append(f"{where} >= {int(bounds.lower)}")
-                if bounds.upper.is_finite and bounds.upper < 2**31:
-                    guards.append(f"{where} <= {int(bounds.upper)}")
-    assert len(placeholders) >= num_state
+            guards += _size_guards(f"ts[{index}].size()[{dim}]", size, program.range_constraints)
     return tuple(dict.fromkeys(guards))
+
+
+def _size_guards(where: str, size: int | torch.SymInt, constraints: Mapping[Any, Any]) -> list[str]:
+    if not isinstance(size, torch.SymInt):
+        return [f"{where} == {size}"]
+    bounds = constraints.get(size.node.expr)
+    if bounds is None:
+        return []
+    least = [f"{where} >= {int(bounds.lower)}"] if bounds.lower > 0 else []
+    most = [f"{where} <= {int(bounds.upper)}"] if bounds.upper.is_finite and bounds.upper < 2**31 else []
+    return least + most
 
 
 def _first_line(error: Exception) -> str:

@@ -7,10 +7,12 @@ tracing would run them instead of recording them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node, map_arg
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_aggregate, map_arg
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,7 @@ def graph_to_data(gm: GraphModule) -> GraphData:
             node.op,
             node.name,
             str(node.target) if isinstance(node.target, torch._ops.OpOverload) else node.target,
-            map_arg(node.args, _name_of),
-            map_arg(node.kwargs, _name_of),
+            *map_arg((node.args, node.kwargs), _name_of),
         )
         for node in gm.graph.nodes
     )
@@ -49,11 +50,14 @@ def graph_from_data(data: GraphData) -> GraphModule:
     """Puts together what `graph_to_data` took apart."""
     graph = Graph()
     made: dict[str, Node] = {}
+
+    def node_of(value: Any) -> Any:
+        return made[value.name] if isinstance(value, NodeName) else value
+
     for op, name, target, args, kwargs in data.nodes:
         if op == "call_function" and isinstance(target, str):
-            namespace, operation, overload = target.split(".")
-            target = getattr(getattr(getattr(torch.ops, namespace), operation), overload)
-        made[name] = graph.create_node(op, target, _resolve(args, made), _resolve(kwargs, made), name)
+            target = attrgetter(target)(torch.ops)
+        made[name] = graph.create_node(op, target, *map_aggregate((args, kwargs), node_of), name)
     gm = GraphModule(data.attributes, graph)
     gm.meta["state"] = dict(data.state)
     return gm
@@ -61,15 +65,3 @@ def graph_from_data(data: GraphData) -> GraphModule:
 
 def _name_of(node: Node) -> Any:
     return NodeName(node.name)
-
-
-def _resolve(value: Any, made: dict[str, Node]) -> Any:
-    if isinstance(value, NodeName):
-        return made[value.name]
-    if isinstance(value, (tuple, list)):
-        return type(value)(_resolve(item, made) for item in value)
-    if isinstance(value, dict):
-        return {key: _resolve(item, made) for key, item in value.items()}
-    if isinstance(value, slice):
-        return slice(*(_resolve(part, made) for part in (value.start, value.stop, value.step)))
-    return value

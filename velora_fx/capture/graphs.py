@@ -242,12 +242,13 @@ def make_graph(call: Call, key: tuple[Any, ...], forward: Callable[..., Any] | N
 
 
 def _attributes(module: torch.nn.Module, captured: Captured) -> tuple[Attribute, ...]:
+    fields_of: dict[tuple[str, ...], list[str]] = {}
+    for read in sorted(captured.reads):
+        fields_of.setdefault(read[:2], []).extend(read[2:])
     found = []
-    for name, attribute in sorted({read[:2] for read in captured.reads}):
+    for (name, attribute), names in fields_of.items():
         value = getattr(module.get_submodule(name), attribute)
-        read = {
-            path[2]: getattr(value, path[2]) for path in captured.reads if path[:2] == (name, attribute) and path[2:]
-        }
-        fields = {key: copy.deepcopy(field) for key, field in read.items() if _is_plain(field)}
+        values = {field: getattr(value, field) for field in names}
+        fields = {field: copy.deepcopy(own) for field, own in values.items() if _is_plain(own)}
         found.append(Attribute(name, attribute, copy.deepcopy(value) if _is_plain(value) else value, fields))
     return tuple(found)

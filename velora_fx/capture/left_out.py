@@ -73,9 +73,7 @@ def note_calls(block: torch.nn.Module, passed_on: PassedOn) -> None:
     block._compiled_call_impl = noted
 
 
-@dataclass(frozen=True)
-class _Gone:
-    """What stands for a thing that no longer is, and is the same as nothing."""
+_GONE = object()  # stands for a thing that no longer is, and is the same as nothing
 
 
 def _weak(leaf: Any) -> Any:
@@ -84,14 +82,14 @@ def _weak(leaf: Any) -> Any:
     try:
         return weakref.ref(leaf)
     except TypeError:
-        return _Gone()
+        return _GONE
 
 
 def _alive(noted: Any) -> Any:
     if not isinstance(noted, weakref.ref):
         return noted
     value = noted()
-    return _Gone() if value is None else value
+    return _GONE if value is None else value
 
 
 def _is_same(leaf: Any, before: Any) -> bool:
