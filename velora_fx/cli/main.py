@@ -10,8 +10,8 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +24,7 @@ from velora_fx.cli.help import DESCRIPTION, EPILOG
 from velora_fx.cli.sweep import render_sweep, sweep
 from velora_fx.options import GRADIENTS, METHODS, OBJECTIVES, PROJECTIONS, Options, budget_bytes_of
 from velora_fx.plans import BudgetError, Plan
-from velora_fx.report.plot import figure_class
+from velora_fx.report import figure_class
 
 FITS, DOES_NOT_FIT, BAD_INPUT, FAILED = 0, 1, 2, 3
 COMPILED = {"model": True, "blocks": "blocks"}
@@ -58,30 +58,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser().parse_args(argv)
         _check_files(arguments)
         with _user_code():
-            if arguments.sweep is None:
-                plan = _plan(arguments)
-            else:
-                table, exit_code = _sweep(arguments)
+            plans = [_plan(arguments)] if arguments.sweep is None else _sweep(arguments)
+        if arguments.plot is not None:
+            plans[0].plot(arguments.plot)
+        if arguments.save is not None:
+            Path(arguments.save).write_text(plans[0].to_json())
     except (ValueError, ImportError, OSError) as error:
-        if not isinstance(error, BudgetError):
-            return _complain(error, BAD_INPUT)
-        plan = error.plan
-        _complain(error, DOES_NOT_FIT)
+        return _complain(error, BAD_INPUT)
     except Exception:  # Python's own exit code for it is 1, which means here that the step does not fit
         traceback.print_exc()
         return FAILED
-    if arguments.sweep is not None:
-        print(table)
-        return exit_code
-    try:
-        if arguments.plot is not None:
-            plan.plot(arguments.plot)
-        if arguments.save is not None:
-            Path(arguments.save).write_text(plan.to_json())
-    except (ValueError, ImportError, OSError) as error:
-        return _complain(error, BAD_INPUT)
-    print(plan.to_json() if arguments.json else plan)
-    return FITS if plan.fits else DOES_NOT_FIT
+    if arguments.sweep is None:
+        print(plans[0].to_json() if arguments.json else plans[0])
+    elif arguments.json:
+        print(json.dumps([plan.to_dict() for plan in plans], indent=2))
+    else:
+        print(f"{arguments.model}: {plans[0].notes[0]}\n\n{render_sweep(plans)}")
+    return FITS if all(plan.fits for plan in plans) else DOES_NOT_FIT
 
 
 def parser() -> argparse.ArgumentParser:
@@ -89,7 +82,13 @@ def parser() -> argparse.ArgumentParser:
     made = _Parser(
         "velora-plan", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = made.add_argument
+    _add_step(made.add_argument)
+    _add_options(made.add_argument)
+    _add_output(made.add_argument)
+    return made
+
+
+def _add_step(add: Callable[..., Any]) -> None:
     add("--model", help="a preset, a Hugging Face config, or package.module:factory (see below)")
     add("--batch-size", type=int, metavar="N", help="texts or images of a batch (default: 1)")
     add("--seq-len", type=int, metavar="N", help="tokens of a text (default: what the model takes, up to 2048)")
@@ -103,6 +102,9 @@ def parser() -> argparse.ArgumentParser:
         default="adamw",
         help='"adamw", "sgd", "none", or an optimizer class such as torch.optim:Adagrad (default: adamw)',
     )
+
+
+def _add_options(add: Callable[..., Any]) -> None:
     add(
         "--sweep",
         metavar="GIB,GIB",
@@ -140,11 +142,13 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--objective", choices=OBJECTIVES, default="memory", help="speed: besides fitting, compress where time falls")
     add("--seed", type=int, default=0, help="seed of the projections (default: 0)")
+
+
+def _add_output(add: Callable[..., Any]) -> None:
     add("--json", action="store_true", help="print the plan as one JSON object instead of the report")
     add("--save", metavar="FILE", help="write the plan as JSON, for velora_fx.Plan.from_json and velora_fx.apply")
     add("--plan", metavar="FILE", help="show a plan that was saved, in place of a new one")
     add("--plot", metavar="FILE", help="draw memory over the step, as a .svg, .png or .pdf file (needs matplotlib)")
-    return made
 
 
 def _check_files(arguments: argparse.Namespace) -> None:
@@ -160,8 +164,8 @@ def _check_files(arguments: argparse.Namespace) -> None:
         raise ValueError(f"pass --model, to plan for it, or --plan, to show what was saved: got {got}")
 
 
-def _sweep(arguments: argparse.Namespace) -> tuple[str, int]:
-    """Plans for several budgets: what to print, and the exit code, which is that of the smallest."""
+def _sweep(arguments: argparse.Namespace) -> list[Plan]:
+    """The plans for several budgets."""
     others = [name for name in ("budget_gb", "plot", "save", "plan") if getattr(arguments, name) is not None]
     if others:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in others)
@@ -175,23 +179,17 @@ def _sweep(arguments: argparse.Namespace) -> tuple[str, int]:
     model, inputs, note = _load(arguments)
     with _named(arguments):
         plans = sweep(model, budgets, *example_call(inputs), options, torch.device(arguments.device), arguments.model)
-    exit_code = FITS if all(plan.fits for plan in plans) else DOES_NOT_FIT
-    if arguments.json:
-        return json.dumps([_noted(plan, arguments.model, note).to_dict() for plan in plans], indent=2), exit_code
-    return f"{arguments.model}: {note}\n\n{render_sweep(plans)}", exit_code
+    return [_noted(plan, arguments.model, note) for plan in plans]
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    given = vars(arguments)
+    options = {field.name: given[field.name] for field in fields(Options) if field.name in given}
     return {
+        **options,
         "optimizer": _optimizer(arguments.optimizer),
-        "method": arguments.method,
         "compiled": COMPILED.get(arguments.compiled, False),
-        "gradients": arguments.gradients,
-        "projection": arguments.projection,
         "sub_token_sizes": _sizes(arguments.sub_token_sizes),
-        "gradient_accumulation": arguments.gradient_accumulation,
-        "objective": arguments.objective,
-        "seed": arguments.seed,
     }
 
 
@@ -231,7 +229,8 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         with _named(arguments):
             plan = velora_fx.plan(model, budget_gb, inputs, device=arguments.device, **options)
     except BudgetError as error:
-        raise BudgetError(str(error), _noted(error.plan, arguments.model, note)) from error
+        _complain(error, DOES_NOT_FIT)
+        plan = error.plan
     return _noted(plan, arguments.model, note)
 
 

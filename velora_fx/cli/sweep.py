@@ -14,7 +14,7 @@ from velora_fx.names import in_units
 from velora_fx.options import Options, budget_bytes_of
 from velora_fx.plans import BudgetError, Plan
 from velora_fx.progress import planning_progress
-from velora_fx.report.text import inputs_text, step_name, time_ratio
+from velora_fx.report import inputs_text, step_name, time_ratio
 
 HEADERS = ("budget", "fits", "peak", "compressed", "largest M", "recomputed", "step time", "also exactly")
 

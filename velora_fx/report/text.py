@@ -9,7 +9,7 @@ from tabulate import tabulate
 
 from velora_fx.names import LAYER, collapse, compact, in_units, shared_start
 from velora_fx.peaks import Group, Peak
-from velora_fx.plans import Decision, Exact, Plan
+from velora_fx.plans import Decision, Plan
 from velora_fx.report.measured import render_measured
 
 RANGES = re.compile(r"\d+[,-][\d,-]+")
@@ -31,45 +31,58 @@ def render(plan: Plan) -> str:
 
 
 def _header(plan: Plan) -> str:
-    after = in_units(plan.planned.peak_bytes)
-    there = plan.planned.there
-    peaks = f"{after}, at the {place_of(plan.planned)}{f': {in_use(there)}' if there else ''}"
-    if plan.compressed or plan.recomputed:
-        before = place_of(plan.baseline)
-        elsewhere = f", at the {before}," if before != place_of(plan.planned) else ""
-        peaks = f"{in_units(plan.baseline.peak_bytes)}{elsewhere} -> {peaks}"
+    is_changed = plan.compressed or plan.recomputed
+    of = plan.in_effect
     lines = [
         ("model", plan.model),
         ("step", f"{step_name(plan)} on {plan.device}, optimizer {plan.optimizer}"),
         ("planned for", inputs_text(plan)),
         ("budget", "none given" if plan.budget_bytes is None else in_units(plan.budget_bytes)),
-        ("predicted peak", peaks),
+        ("predicted peak", _peaks(plan)),
+        ("verdict", _verdict(plan)),
+        (
+            "step time",
+            f"{time_ratio(plan, plan.planned.step_seconds)} of the untouched, on {plan.rates} rates"
+            if is_changed
+            else "",
+        ),
+        ("approximate", _approximate(plan)),
+        ("objective", "speed: compressed wherever the predicted step gets faster" if plan.objective == "speed" else ""),
+        ("in effect", f"{of.blocks} of {of.all_blocks} blocks, {of.calls} of {of.all_calls} calls" if of else ""),
+        ("exactly", _exactly(plan)),
     ]
-    if plan.budget_bytes is not None:
-        margin = in_units(abs(plan.budget_bytes - plan.planned.peak_bytes))
-        if plan.fits:
-            lines.append(("verdict", f"fits, {margin} to spare"))
-        else:
-            lines.append(("verdict", f"DOES NOT FIT: the smallest reachable peak is {after}, {margin} over the budget"))
-    if plan.compressed or plan.recomputed:
-        lines.append(
-            ("step time", f"{time_ratio(plan, plan.planned.step_seconds)} of the untouched, on {plan.rates} rates")
-        )
-    if plan.compressed:
-        count = len({name.partition("#")[0] for decision in plan.compressed for name in decision.consumers})
-        text = f"gradients of {count} weights (projection {plan.projection}, seed {plan.seed})"
-        if plan.is_factored:
-            text += ", factored: they, the optimizer's state and all-reduce are M times smaller"
-        lines.append(("approximate", text))
-    if plan.objective == "speed":
-        lines.append(("objective", "speed: compressed wherever the predicted step gets faster"))
-    if plan.in_effect is not None:
-        of = plan.in_effect
-        text = f"{of.blocks} of {of.all_blocks} blocks, {of.calls} of {of.all_calls} calls"
-        lines.append(("in effect", text))
-    if plan.exact is not None:
-        lines.append(("exactly", _exactly(plan, plan.exact)))
     return tabulate([line for line in lines if line[1]], tablefmt="plain", disable_numparse=True)
+
+
+def _peaks(plan: Plan) -> str:
+    there = plan.planned.there
+    after = (
+        f"{in_units(plan.planned.peak_bytes)}, at the {place_of(plan.planned)}{f': {in_use(there)}' if there else ''}"
+    )
+    if not (plan.compressed or plan.recomputed):
+        return after
+    place = place_of(plan.baseline)
+    elsewhere = f", at the {place}," if place != place_of(plan.planned) else ""
+    return f"{in_units(plan.baseline.peak_bytes)}{elsewhere} -> {after}"
+
+
+def _verdict(plan: Plan) -> str:
+    if plan.budget_bytes is None:
+        return ""
+    margin = in_units(abs(plan.budget_bytes - plan.planned.peak_bytes))
+    if plan.fits:
+        return f"fits, {margin} to spare"
+    smallest = in_units(plan.planned.peak_bytes)
+    return f"DOES NOT FIT: the smallest reachable peak is {smallest}, {margin} over the budget"
+
+
+def _approximate(plan: Plan) -> str:
+    if not plan.compressed:
+        return ""
+    count = len({name.partition("#")[0] for decision in plan.compressed for name in decision.consumers})
+    text = f"gradients of {count} weights (projection {plan.projection}, seed {plan.seed})"
+    smaller = ", factored: they, the optimizer's state and all-reduce are M times smaller"
+    return text + smaller if plan.is_factored else text
 
 
 def step_name(plan: Plan) -> str:
@@ -85,8 +98,11 @@ def inputs_text(plan: Plan) -> str:
     return "; ".join(f"{', '.join(own)} {shape}" for shape, own in names.items())
 
 
-def _exactly(plan: Plan, exact: Exact) -> str:
+def _exactly(plan: Plan) -> str:
     """What can be done exactly at the same budget."""
+    exact = plan.exact
+    if exact is None:
+        return ""
     if exact.means == "untouched":
         return "the budget is also met by the step as it is"
     if not exact.fits:
