@@ -46,11 +46,10 @@ def hoist_shared(gm: GraphModule, given: Collection[int]) -> Hoisted | None:
     graph = Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     placeholders = graph.find_nodes(op="placeholder")
-    _with_added_masks(graph, {placeholders[number] for number in given})
-    shared = _made_of(graph, {placeholders[number] for number in given})
-    wanted = {_base(operand) for node in graph.nodes if node.target in TAKE_BUFFERS and node not in shared
-              for operand in node.all_input_nodes if operand in shared}  # fmt: skip
-    frontier = [node for node in graph.nodes if node in wanted and node.op == "call_function"]
+    made_of = {placeholders[number] for number in given}
+    _with_added_masks(graph, made_of)
+    shared = _made_of(graph, made_of)
+    frontier = _frontier(graph, shared)
     if not frontier:
         return None
     inputs = [number for number in sorted(given) if _reaches(placeholders[number], frontier, shared)]
@@ -66,6 +65,13 @@ def hoist_shared(gm: GraphModule, given: Collection[int]) -> Hoisted | None:
     rest = GraphModule(gm, graph)
     rest.meta = dict(gm.meta)
     return Hoisted(made, tuple(inputs), rest)
+
+
+def _frontier(graph: Graph, shared: Collection[Node]) -> list[Node]:
+    """What is computed in `shared` of which the rest takes buffers."""
+    takers = [node for node in graph.nodes if node.target in TAKE_BUFFERS and node not in shared]
+    wanted = {_base(operand) for node in takers for operand in node.all_input_nodes if operand in shared}
+    return [node for node in graph.nodes if node in wanted and node.op == "call_function"]
 
 
 def _with_added_masks(graph: Graph, given: set[Node]) -> None:

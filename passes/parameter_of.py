@@ -19,7 +19,7 @@ VIEWS = frozenset({
 TRANSPOSES = ("t", "numpy_T", "mT", "transpose", "swapaxes", "swapdims")
 
 
-def parameter_of(operand: object, detached: Collection[Node] = ()) -> Node | None:
+def parameter_of(operand: object, detached: Collection[Node]) -> Node | None:
     """The placeholder that an operand is a view, a part, a cast or a copy of; None if it is computed otherwise.
 
     None too where it is made by a node in `detached`, the nodes that `nodes_without_grad` finds.

@@ -76,22 +76,16 @@ def named_tensors(
 
     Arguments beyond them are called "argument 2" and so on, what is in a container "batch.0" or "batch.pixels".
     """
-    found: list[tuple[str, torch.Tensor]] = []
-    for index, value in enumerate(args):
-        found += _tensors_in(names[index] if index < len(names) else f"argument {index}", value)
-    for name, value in kwargs.items():
-        found += _tensors_in(name, value)
-    return found
+    named = [(names[index] if index < len(names) else f"argument {index}", value) for index, value in enumerate(args)]
+    return [found for name, value in (*named, *kwargs.items()) for found in _tensors_in(name, value)]
 
 
-def _tensors_in(name: str, value: Any) -> list[tuple[str, torch.Tensor]]:
+def _tensors_in(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
     if isinstance(value, torch.Tensor):
-        return [(name, value)]
-    if isinstance(value, dict):
-        return [found for key, item in value.items() for found in _tensors_in(f"{name}.{key}", item)]
-    if isinstance(value, (tuple, list)):
-        return [found for index, item in enumerate(value) for found in _tensors_in(f"{name}.{index}", item)]
-    return []
+        yield name, value
+    elif isinstance(value, (dict, tuple, list)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors_in(f"{name}.{key}", item)
 
 
 def example_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

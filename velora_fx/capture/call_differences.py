@@ -46,12 +46,9 @@ def _names(structure: Any, prefix: str = "") -> Iterator[str]:
             yield from _names(part, f"argument {number}")
         for name, part in zip(keywords[1], keywords[2], strict=True):
             yield from _names(part, str(name))
-    elif structure[0] == "dict":
-        for name, part in zip(structure[1], structure[2], strict=True):
-            yield from _names(part, f"{prefix}.{name}")
     else:
-        for number, part in enumerate(structure[1]):
-            yield from _names(part, f"{prefix}.{number}")
+        for name, part in zip(*structure[1:], strict=True) if structure[0] == "dict" else enumerate(structure[1]):
+            yield from _names(part, f"{prefix}.{name}")
 
 
 def _text(leaf: Any) -> str:
