@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from velora_fx.capture import Call, describe_leaf, find_graph, flatten, key_of
-from velora_fx.runtime import ModelHook, Region, hooks_in, make_call, uninstall
+from velora_fx.capture import describe_leaf, find_graph, flatten, key_of
+from velora_fx.runtime import ModelHook, Region, StandIn, hooks_in, make_call, uninstall, unwatch
 from velora_fx.simulate import FiniteValues, as_compiled, fake_copy, fake_mode, kernels_of
 
 MAX_KINDS = 16  # an argument that is another number in each step would be rehearsed in each
@@ -62,13 +62,10 @@ def _rehearse(
     mode = fake_mode()
     fake = fake_copy(model, mode, None, "none" if is_traced else "integers")
     uninstall(fake)
-    for key, hook in list(fake._forward_pre_hooks.items()):
-        if isinstance(hook, CaptureAhead):
-            del fake._forward_pre_hooks[key]
+    unwatch(fake)
     for region in regions:
         if region.previous is None:
-            block = fake.get_submodule(region.name)
-            block.forward = _Capturing(region, block)
+            _Capturing(region, fake.get_submodule(region.name)).install()
     device = next(model.parameters()).device
     fake_args, fake_kwargs = fake_copy((args, kwargs), mode, None, "none" if is_traced else "all")
     traced = as_compiled() if is_traced else contextlib.nullcontext()
@@ -76,16 +73,17 @@ def _rehearse(
         fake(*fake_args, **fake_kwargs)
 
 
-class _Capturing:
-    """Stands in for the forward of a region's copy: what it computes is that of the class."""
+class _Capturing(StandIn):
+    """Stands in for the forward of a region's copy, for which the region gets the graphs that it lacks."""
 
     def __init__(self, region: Region, block: torch.nn.Module) -> None:
-        self.region, self.block = region, block
+        super().__init__(block)
+        self.region = region
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if hooks_in(self.block) is None:
-            call: Call = make_call(self.block, args, kwargs)
+            call = make_call(self.block, args, kwargs)
             key = key_of(call)
             if find_graph(self.region.graphs, call, key, exact=False) is None:
                 self.region.capture(call, key)
-        return type(self.block).forward(self.block, *args, **kwargs)
+        return self.original(*args, **kwargs)

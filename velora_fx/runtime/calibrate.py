@@ -12,6 +12,7 @@ from torch.fx import Interpreter, Node
 from velora_fx.capture import key_of
 from velora_fx.ops import mean_projection
 from velora_fx.runtime.region import Region, make_call
+from velora_fx.runtime.stand_in import StandIn
 
 
 def calibrate(model: torch.nn.Module, regions: Sequence[Region], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -21,14 +22,15 @@ def calibrate(model: torch.nn.Module, regions: Sequence[Region], args: tuple[Any
     """
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     devices = [p.device for p in model.parameters() if p.device.type == "cuda"]
-    for region in regions:
-        region.block.forward = _Calibrator(region)
+    calibrators = [_Calibrator(region) for region in regions]
+    for calibrator in calibrators:
+        calibrator.install()
     try:
         with torch.random.fork_rng(devices=list(dict.fromkeys(devices))), torch.no_grad():
             model(*args, **kwargs)
     finally:
-        for region in regions:
-            region.block.forward = region
+        for calibrator in calibrators:
+            calibrator.remove()
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
@@ -37,8 +39,11 @@ def calibrate(model: torch.nn.Module, regions: Sequence[Region], args: tuple[Any
             _broadcast(region)
 
 
-class _Calibrator:
+class _Calibrator(StandIn):
+    """Stands in for a region, and sets its projections in a call."""
+
     def __init__(self, region: Region) -> None:
+        super().__init__(region.block)
         self.region = region
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -46,7 +51,7 @@ class _Calibrator:
         call = make_call(region.block, args, kwargs)
         graph = region.graph_for(call, key_of(call))
         if graph is None or graph.gm is None:
-            return region.original(*args, **kwargs)
+            return self.original(*args, **kwargs)
         outputs = _MeanOfInputs(graph.gm, region).run(*call.tensors, *region.placed_on(call.tensors[0].device))
         return graph.result(outputs)
 

@@ -39,13 +39,16 @@ def remove_carriers(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
         module = model.get_submodule(owner)
         module.get_parameter(name.removesuffix(CARRIER)).requires_grad_(True)
         delattr(module, name)
-        if own_carriers(module):
-            continue
-        for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
-            for key, hook in list(hooks.items()):
-                if getattr(hook, "hook", hook) in (leave_out, _fill_in):
-                    del hooks[key]
+        if not own_carriers(module):
+            _drop(module._state_dict_hooks, leave_out)
+            _drop(module._load_state_dict_pre_hooks, _fill_in)
     return carriers
+
+
+def _drop(hooks: dict[int, Any], hook: Any) -> None:
+    """Takes a hook off, which PyTorch may have wrapped."""
+    for key in [key for key, own in hooks.items() if getattr(own, "hook", own) is hook]:
+        del hooks[key]
 
 
 def put_back(model: torch.nn.Module, carriers: Mapping[str, torch.nn.Parameter]) -> None:

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from velora_fx.capture import Call, Seen, carriers_of
 from velora_fx.passes.swap import CARRIER, Carrier
+from velora_fx.runtime.factored_step import Folding
 from velora_fx.runtime.inner_hooks import inside_torch_func
 from velora_fx.runtime.region import Region
-
-
-class StepListener(Protocol):
-    """What is told of the regions whose weights an optimizer steps by their carriers."""
-
-    def add(self, region: FactoredRegion) -> None:
-        """The region has been put into its model."""
-
-    def discard(self, region: FactoredRegion) -> None:
-        """The region has been taken out of its model."""
 
 
 class FactoredRegion(Region):
@@ -29,7 +20,7 @@ class FactoredRegion(Region):
     checkpointing; where no graph can run, the call raises RuntimeError.
     """
 
-    def __init__(self, *args: Any, listener: StepListener) -> None:
+    def __init__(self, *args: Any, listener: Folding) -> None:
         super().__init__(*args)
         self.carriers = tuple(dict.fromkeys(carrier.name for carrier in self.directions))
         self.listener = listener

@@ -17,9 +17,9 @@ from torch.utils.hooks import RemovableHandle
 
 from velora_fx.capture import own_carriers
 from velora_fx.ops import fold
+from velora_fx.passes.swap import CARRIER, Choice
 from velora_fx.runtime.exactness import check_exactness, kept_share, settings_of
-from velora_fx.runtime.factored_region import FactoredRegion
-from velora_fx.runtime.optimizers import leave
+from velora_fx.runtime.region import Region
 from velora_fx.runtime.shards import Shard, local_shard
 
 
@@ -65,8 +65,8 @@ class Folding:
     """
 
     def __init__(self) -> None:
-        self.regions: weakref.WeakSet[FactoredRegion] = weakref.WeakSet()
-        self.retired: dict[int, weakref.ref[torch.Tensor]] = {}
+        self.regions: weakref.WeakSet[Region] = weakref.WeakSet()
+        self.retired: weakref.WeakValueDictionary[int, torch.nn.Parameter] = weakref.WeakValueDictionary()
         self.checked: set[tuple[Any, ...]] = set()
         self.steps: dict[int, Step] = {}
         self.handles: tuple[RemovableHandle, ...] = ()
@@ -74,54 +74,51 @@ class Folding:
     def __reduce__(self) -> tuple[Any, ...]:
         return Folding, ()  # copies of regions add themselves
 
-    def add(self, region: FactoredRegion) -> None:
+    def add(self, region: Region) -> None:
         """Takes up a region whose carriers are in place."""
         self.regions.add(region)
         self._hold()
 
     def _hold(self) -> None:
         if not self.handles:
-            before, after = _Before(weakref.ref(self)), _After(weakref.ref(self))
-            before.handle = torch_optimizer.register_optimizer_step_pre_hook(before)
-            after.handle = torch_optimizer.register_optimizer_step_post_hook(after)
+            before = _Hook(self.before, torch_optimizer.register_optimizer_step_pre_hook)
+            after = _Hook(self.after, torch_optimizer.register_optimizer_step_post_hook)
             self.handles = before.handle, after.handle
 
-    def discard(self, region: FactoredRegion) -> None:
+    def discard(self, region: Region) -> None:
         """Lets a region go, and goes off the optimizers with the last one."""
         self.regions.discard(region)
-        if not self.regions and not self.retired:
-            self.release()
+        if not self.is_needed:
+            for handle in self.handles:
+                handle.remove()
+            self.handles = ()
+
+    @property
+    def is_needed(self) -> bool:
+        """True while a model or an optimizer may hold carriers."""
+        return bool(self.regions or self.retired)
 
     def retire(self, carriers: Iterable[torch.nn.Parameter]) -> None:
         """Remembers carriers that were taken out of the model, as long as someone holds them."""
         for carrier in carriers:
-            self.retired[id(carrier)] = weakref.ref(carrier, partial(_forget, weakref.ref(self), id(carrier)))
+            self.retired[id(carrier)] = carrier
             carrier._velora_folding = self  # type: ignore[attr-defined]  # lives as long as they do
         self._hold()
-
-    def release(self) -> None:
-        """Takes it off the optimizers."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles = ()
 
     def factored(self) -> Iterator[Factored]:
         """The live weights with carriers; modules may have got other parameters meanwhile (FSDP2)."""
         for region in sorted(self.regions, key=lambda region: region.name):
             for choice in region.choices.values():
-                if choice.carrier:
-                    owner, _, weight = choice.carrier.parameter.rpartition(".")
-                    name = f"{region.name}.{choice.carrier.parameter}".lstrip(".")
-                    module = region.block.get_submodule(owner)
-                    carrier = own_carriers(module).get(choice.carrier.name.rpartition(".")[2])
-                    if carrier is not None:  # else the module was replaced
-                        v = region.placed_by_name(carrier.device)[choice.tensor]
-                        yield Factored(name, module.get_parameter(weight), carrier, v, choice.carrier.input_dim)
+                found = _factored(region, choice)
+                if found is not None:
+                    yield found
 
     def before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Refuses what would not be exact, and scales the gradients: after the closure, where there is one."""
         last = self.steps.pop(id(optimizer), None)
-        if last is not None and _is_running(last.frame):  # a step that calls that of its base class
+        if last is not None and any(
+            frame is last.frame for frame in _frames()
+        ):  # a step that calls that of its base class
             self.steps[id(optimizer)] = last
             return None
         if last is not None:
@@ -142,25 +139,23 @@ class Folding:
         scaled = partial(_scaled_after, closure, step)
         return ((args[0], scaled, *args[2:]), kwargs) if is_positional else (args, {**kwargs, "closure": scaled})
 
-    def after(self, optimizer: torch.optim.Optimizer) -> None:
+    def after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Folds what was stepped."""
         step = self.steps.get(id(optimizer))
         if step is None or _caller() is not step.frame:
             return
         del self.steps[id(optimizer)]
-        together: dict[tuple[Any, ...], list[Shard]] = defaultdict(list)
-        keeps: dict[tuple[Any, ...], Any] = {}
+        together: dict[tuple[Any, ...], tuple[Any, list[Shard]]] = {}
         for item, keep in step.stepped:
             shard = local_shard(item.weight, item.carrier, item.v, item.input_dim)
             key = (keep if isinstance(keep, float) else id(keep), shard.weight.device)
-            together[key].append(shard)
-            keeps[key] = keep
+            together.setdefault(key, (keep, []))[1].append(shard)
         skipped = getattr(optimizer, "found_inf", None)
-        for key, shards in together.items():
-            keep = torch.as_tensor(keeps[key], dtype=torch.float64)
+        for share, shards in together.values():
+            keep = torch.as_tensor(share, dtype=torch.float64)
             if skipped is not None:  # the step itself looks at it, so that nothing has to wait for the device
-                share = keep if keep.device == skipped.device else torch.full_like(skipped, float(keep))
-                keep = torch.where(skipped.bool(), torch.ones_like(share), share)
+                keep = keep if keep.device == skipped.device else torch.full_like(skipped, float(keep))
+                keep = torch.where(skipped.bool(), torch.ones_like(keep), keep)
             fold([s.weight for s in shards], [s.carrier for s in shards], [s.v for s in shards], keep)
         _unscale(step)
 
@@ -174,7 +169,7 @@ class Folding:
         name = type(optimizer).__name__
         for item in found:
             self.retired.pop(id(item.carrier), None)  # put back, after an optimize that failed
-        if any(number in groups for number, carrier in self.retired.items() if carrier() is not None):
+        if any(number in groups for number in self.retired):
             raise RuntimeError(
                 f"velora_fx: {name} holds carriers that restore or another optimize has taken out of the model: make "
                 "the optimizer anew"
@@ -203,53 +198,53 @@ class Folding:
                 self.checked.add(settings)
 
 
-class _Before:
-    """Lets optimizers call a Folding without keeping it, and its model, alive."""
+class _Hook:
+    """Lets optimizers call a method of a Folding without keeping it, and its model, alive."""
 
-    def __init__(self, folding: Callable[[], Folding | None]) -> None:
-        self.folding = folding
-        self.handle: RemovableHandle | None = None
+    def __init__(self, method: Callable[..., Any], register: Callable[[Any], RemovableHandle]) -> None:
+        self.method = weakref.WeakMethod(method)
+        self.handle = register(self)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        folding = self.folding()
-        if folding is None or not (folding.regions or folding.retired):
-            leave(self.handle)
-            return None
+    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        method: Any = self.method()
+        if method is None or not method.__self__.is_needed:
+            return self.leave()
         with torch.no_grad():
-            return folding.before(optimizer, args, kwargs)
+            return method(optimizer, args, kwargs)
+
+    def leave(self) -> None:
+        """Goes off the optimizers once it is the last: PyTorch goes through the hooks themselves, not a copy."""
+        hooks = self.handle.hooks_dict_ref()
+        if hooks is not None and next(reversed(hooks), None) == self.handle.id:
+            self.handle.remove()
 
 
-class _After(_Before):
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        folding = self.folding()
-        if folding is None or not (folding.regions or folding.retired):
-            leave(self.handle)
-            return
-        with torch.no_grad():
-            folding.after(optimizer)
+def _factored(region: Region, choice: Choice) -> Factored | None:
+    """The weight of a choice with its carrier; None where it has none, also because its module was replaced."""
+    if choice.carrier is None:
+        return None
+    owner, _, weight = choice.carrier.parameter.rpartition(".")
+    module = region.block.get_submodule(owner)
+    carrier = own_carriers(module).get(weight + CARRIER)
+    if carrier is None:
+        return None
+    name = f"{region.name}.{choice.carrier.parameter}".lstrip(".")
+    v = region.placed_by_name(carrier.device)[choice.tensor]
+    return Factored(name, module.get_parameter(weight), carrier, v, choice.carrier.input_dim)
 
 
-def _forget(folding: Callable[[], Folding | None], number: int, _: Any) -> None:
-    owner = folding()
-    if owner is not None:
-        owner.retired.pop(number, None)
+def _frames() -> Iterator[FrameType]:
+    """The frames that run now, from the innermost out."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def _caller() -> FrameType | None:
     """The frame in which PyTorch calls the hooks of a step."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code.co_filename != torch_optimizer.__file__:
-        frame = frame.f_back
-    return frame
-
-
-def _is_running(frame: FrameType | None) -> bool:
-    current: FrameType | None = sys._getframe()
-    while current is not None and current is not frame:
-        current = current.f_back
-    return frame is not None and current is frame
+    return next((frame for frame in _frames() if frame.f_code.co_filename == torch_optimizer.__file__), None)
 
 
 def _scaled_after(closure: Callable[[], Any], step: Step) -> Any:

@@ -1,4 +1,4 @@
-"""Puts regions into a model and takes them out again."""
+"""Puts regions into a model."""
 
 from __future__ import annotations
 

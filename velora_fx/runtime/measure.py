@@ -62,7 +62,7 @@ def measured_step(
         handle.remove()
     if not ends:
         raise RuntimeError("no optimizer of the model stepped: measure around forward, backward and optimizer.step()")
-    done(ends[-1].measured(predicted, *watch.peak({**(inputs or {}), **ends[-1].states}, ends[-1])))
+    done(ends[-1].measured(predicted, *watch.peak(ends[-1], inputs or {})))
 
 
 class _End:
@@ -112,7 +112,7 @@ class _CudaWatch:
         self.allocated = torch.cuda.max_memory_allocated(self.device)
         self.reserved = torch.cuda.max_memory_reserved(self.device)
 
-    def peak(self, others: Mapping[int, int], end: _End) -> tuple[int, int | None, int | None]:
+    def peak(self, end: _End, inputs: Mapping[int, int]) -> tuple[int, int | None, int | None]:
         """Bytes allocated and reserved at most, and what of them was neither the model's nor its optimizer's."""
         other = min(self.other_bytes, end.allocated_bytes - sum(end.breakdown.values()))
         return self.allocated, self.reserved, max(0, other)
@@ -140,8 +140,8 @@ class _CpuWatch:
         self.profiler.stop()
         self.watched.clear()
 
-    def peak(self, others: Mapping[int, int], end: _End) -> tuple[int, int | None, int | None]:
-        """The most bytes in use, with what of `others` (bytes by address) was there before.
+    def peak(self, end: _End, inputs: Mapping[int, int]) -> tuple[int, int | None, int | None]:
+        """The most bytes in use, with what of `inputs` and of the optimizer's state was there before.
 
         RuntimeError where another profiler took over meanwhile, and PyTorch dropped this one.
         """
@@ -149,6 +149,7 @@ class _CpuWatch:
         changes, made = _changes(self.profiler.profiler.kineto_results)
         if not changes or changes[0][1] != MARKER_BYTES:
             raise RuntimeError("another profiler was started within the step: nothing was measured")
+        others = {**inputs, **end.states}
         before = [size for address, size in others.items() if address not in self.known | made]
         before_bytes = self.before_bytes + sum(before)
         peak_bytes = before_bytes + max(accumulate(size for _, size in sorted([*changes, *self.freed])))

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.hooks import RemovableHandle
 
 from velora_fx.passes.swap import CARRIER
 
@@ -75,9 +74,9 @@ def copy_optimizer(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]
 
     It is made without its constructor, whose arguments are not known; a scheduler's wrapper of `step` stays behind.
     """
-    left = ("step", "grad_scale", "found_inf")  # the last two are there while a GradScaler steps it
+    # The last two are there while a GradScaler steps it.
+    left = ("state", "param_groups", "step", "grad_scale", "found_inf")
     own = {name: value for name, value in vars(optimizer).items() if name not in left and not name.endswith("_hooks")}
-    own = {name: value for name, value in own.items() if name not in ("state", "param_groups")}
     made = type(optimizer).__new__(type(optimizer))
     shared = {id(value): value for value in own.values() if isinstance(value, torch.nn.Module)}  # may be a large model
     vars(made).update(copy.deepcopy(own, shared))
@@ -91,13 +90,3 @@ def _stepped(parameters: dict[str, torch.nn.Parameter], name: str) -> torch.nn.P
     weight = name if name in parameters else name.removesuffix(CARRIER)  # the copy may be without carriers
     carrier = parameters.get(weight + CARRIER)
     return parameters.get(weight) if carrier is None else carrier
-
-
-def leave(handle: RemovableHandle | None) -> None:
-    """Takes a hook off the optimizers from inside of a call of it, once it is the last.
-
-    PyTorch goes through the hooks themselves, not through a copy.
-    """
-    hooks = handle.hooks_dict_ref() if handle is not None else None
-    if handle is not None and hooks is not None and next(reversed(hooks), None) == handle.id:
-        handle.remove()
