@@ -1,7 +1,7 @@
 """The FX passes, one a file, each named as its function, and the runner.
 
-A captured region goes through PREPARE; the plan's choices are then acted upon by `swap`. `find_products` and
-`saved_tensors` are analyses: they change nothing.
+A captured region goes through PREPARE; the plan's choices are then acted upon by `swap`. `find_products`,
+`kept_for_backward` and `mutated_state` are analyses: they change nothing.
 """
 
 if __name__ != "velora_fx.passes":

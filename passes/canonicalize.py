@@ -30,25 +30,27 @@ def canonicalize(gm: GraphModule) -> GraphModule:
     """
     detached = nodes_without_grad(gm)
     for node in list(gm.graph.nodes):
-        if node.op != "call_function":
-            continue
         if node.target is aten._assert_tensor_metadata.default:
             gm.graph.erase_node(node)
-        elif node.target is aten.addmm.default and not node.kwargs:
-            bias, x, weight = node.args
-            if _is_bias(bias, node):
-                _as_linear(gm, node, x, weight, bias, detached)
-        elif node.target in PRODUCTS:
-            x, weight = node.args
-            _as_linear(gm, node, x, weight, None, detached)
+            continue
+        x, weight, bias = _operands(node)
+        if isinstance(x, Node) and isinstance(weight, Node) and _is_matrix_of_parameter(gm, weight, detached):
+            _as_linear(gm, node, x, weight, bias)
     return gm
 
 
-def _as_linear(
-    gm: GraphModule, node: Node, x: Argument, weight: Argument, bias: Argument, detached: Collection[Node]
-) -> None:
-    if not (isinstance(weight, Node) and isinstance(x, Node)) or not _is_matrix_of_parameter(gm, weight, detached):
-        return
+def _operands(node: Node) -> tuple[Argument, Argument, Argument]:
+    """The input, the weight and the bias of what can be a `linear`; all None of what cannot."""
+    if node.target is aten.addmm.default and not node.kwargs:
+        bias, x, weight = node.args
+        return (x, weight, bias) if _is_bias(bias, node) else (None, None, None)
+    if node.target in PRODUCTS:
+        x, weight = node.args
+        return x, weight, None
+    return None, None, None
+
+
+def _as_linear(gm: GraphModule, node: Node, x: Node, weight: Node, bias: Argument) -> None:
     with gm.graph.inserting_before(node):
         transposed: Argument = (
             weight.args[0] if is_transpose(weight) else gm.graph.call_function(aten.t.default, (weight,))

@@ -38,7 +38,7 @@ def own_forward(module: torch.nn.Module, forward: Callable[..., Any] | None) -> 
             yield changed
         finally:
             for name, (child, attributes) in before.items():
-                changed += [f"{name}.{key}".lstrip(".") for key in _differences(vars(child), attributes)]
+                changed += [f"{name}.{key}".lstrip(".") for key in _changed_keys(vars(child), attributes)]
                 vars(child).clear()
                 vars(child).update(attributes)
             stack.close()
@@ -57,7 +57,7 @@ def changes_in(value: Any) -> Iterator[list[Any]]:
         yield changed
     finally:
         for container, old in before:
-            if _differences(_items(container), _items(old)):
+            if _changed_keys(_items(container), _items(old)):
                 changed.append(container)
                 container.clear()
                 container.extend(old) if isinstance(old, list) else container.update(old)
@@ -95,7 +95,7 @@ def _items(container: Any) -> dict[Any, Any]:
     return dict(enumerate(container)) if isinstance(container, list) else dict.fromkeys(container)
 
 
-def _differences(new: dict[Any, Any], old: dict[Any, Any]) -> list[Any]:
+def _changed_keys(new: dict[Any, Any], old: dict[Any, Any]) -> list[Any]:
     """The keys that were added, removed, or given another value."""
     return [key for key in {**old, **new} if key not in old or key not in new or _is_new(old[key], new[key])]
 

@@ -62,20 +62,9 @@ def capture(
     structure, leaves = flatten((args, kwargs))
     _check_inputs(state, leaves)
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    free = [{dim: Dim.AUTO for dim, size in enumerate(tensor.shape) if size != 1} for tensor in tensors]
-    call = _FlatCall(module, tuple(state), structure, leaves)
+    call = _FlatCall(module, state, structure, leaves)
     with isolated(), own_forward(module, forward) as changed, recorded_reads(module) as reads:
-        inputs = fakes_of([*state.values(), *tensors])
-        try:
-            program = torch.export.export(
-                _Shim(call), (inputs,), dynamic_shapes=([None] * len(state) + free,), strict=False
-            )
-        except CaptureError:
-            raise
-        except Exception as error:
-            raise CaptureError(_first_line(error)) from error
-        finally:
-            leaves.clear()  # else they live in the cycles that export leaves, until Python looks for those
+        program = _exported(call, list(state.values()), tensors)
     _check_attributes(module, reads, changed)
     for leaf in call.results:
         if not isinstance(leaf, (*TRACED, *CONSTANTS)):
@@ -94,7 +83,7 @@ def capture(
         slots=tuple(index for index, leaf in enumerate(call.results) if isinstance(leaf, TRACED)),
         guards=_guards(program, gm),
         reads=frozenset(reads),
-        checkpoint=call.forward_only.checkpoint,
+        checkpoint=call.checkpoint,
     )
 
 
@@ -105,6 +94,20 @@ def _check_inputs(state: Mapping[str, torch.Tensor], leaves: Iterable[Any]) -> N
     for name, tensor in state.items():
         for attribute in attached_to(tensor):
             raise CaptureError(f"{name} has tensors in its {attribute} (is it quantised?), which no graph has")
+
+
+def _exported(call: _FlatCall, state: list[torch.Tensor], tensors: list[torch.Tensor]) -> ExportedProgram:
+    free = [{dim: Dim.AUTO for dim, size in enumerate(tensor.shape) if size != 1} for tensor in tensors]
+    shapes = ([*([None] * len(state)), *free],)
+    inputs = fakes_of([*state, *tensors])
+    try:
+        return torch.export.export(_Shim(call.of_tensors), (inputs,), dynamic_shapes=shapes, strict=False)
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(_first_line(error)) from error
+    finally:
+        call.leaves.clear()  # else they live in the cycles that export leaves, until Python looks for those
 
 
 def _check_attributes(module: torch.nn.Module, reads: Iterable[tuple[str, ...]], changed: Sequence[str]) -> None:
@@ -127,39 +130,36 @@ class _Shim(torch.nn.Module):
         return self.function(ts)
 
 
-class _FlatCall:
-    """The call of a module as a function of its state and of the tensors among the arguments; notes what it returns."""
+class _FlatCall(torch.nn.Module):
+    """One call of a module as a function of its state and of the tensors among the arguments.
 
-    def __init__(self, module: torch.nn.Module, names: tuple[str, ...], structure: Any, leaves: list[Any]) -> None:
-        self.forward_only = _ForwardOnly(module)
-        self.names, self.structure, self.leaves = names, structure, leaves
+    It notes what the call returns and the checkpoint that all of it runs in. It calls the forward, without the hooks on
+    the module: they stay outside of the graph (FSDP2's would reshard).
+    """
+
+    def __init__(self, inner: torch.nn.Module, names: Iterable[str], structure: Any, leaves: list[Any]) -> None:
+        super().__init__()
+        self.inner = inner
+        self.names, self.structure, self.leaves = [f"inner.{name}" for name in names], structure, leaves
         self.caches_casts = torch.is_autocast_cache_enabled()
         self.output_structure: Any = None
         self.results: list[Any] = []
+        self.checkpoint: Checkpoint | None = None
 
-    def __call__(self, ts: list[torch.Tensor]) -> list[Any]:
-        state = {f"inner.{name}": tensor for name, tensor in zip(self.names, ts, strict=False)}
-        given, first = iter(ts[len(state) :]), dict[int, torch.Tensor]()  # a tensor that is given twice is one
+    def of_tensors(self, ts: list[torch.Tensor]) -> list[Any]:
+        """The tensors and the sizes that the call returns for live state and arguments, one after the other."""
+        given, first = iter(ts[len(self.names) :]), dict[int, torch.Tensor]()  # a tensor that is given twice is one
         filled = [
             first.setdefault(id(leaf), next(given)) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves
         ]
         args, kwargs = unflatten(self.structure, filled)
         torch.set_autocast_cache_enabled(self.caches_casts)  # what the forward's autocast takes; tracing had set it off
         with changes_in((args, kwargs)) as changed_arguments:
-            output = torch.func.functional_call(self.forward_only, state, args, kwargs)
+            output = torch.func.functional_call(self, dict(zip(self.names, ts, strict=False)), args, kwargs)
         if changed_arguments:
             raise CaptureError("its forward changes a list or dict that it is given, which a graph would not do")
         self.output_structure, self.results = flatten(output)
         return [leaf for leaf in self.results if isinstance(leaf, TRACED)]
-
-
-class _ForwardOnly(torch.nn.Module):
-    """Calls the forward of a module without the hooks on it: they stay outside of the graph (FSDP2's would reshard)."""
-
-    def __init__(self, inner: torch.nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-        self.checkpoint: Checkpoint | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         before = state_of(self.inner)

@@ -30,8 +30,8 @@ class LiveBlock:
     def __init__(self, block: torch.nn.Module) -> None:
         self.block = block
         self.traits: list[Any] = []
-        self.state: dict[str, int] = {}
-        self.carriers: dict[str, int] = {}
+        self.places: dict[str, int] = {}  # of parameters and buffers among the tensors
+        self.carrier_places: dict[str, int] = {}
         self.key: tuple[Any, ...] = ()
 
     def look(self) -> Seen:
@@ -41,8 +41,8 @@ class LiveBlock:
             self._name(tensors)
             self.traits = traits
         return Seen(
-            {name: tensors[index] for name, index in self.state.items()},
-            {name: tensors[index] for name, index in self.carriers.items()},
+            {name: tensors[index] for name, index in self.places.items()},
+            {name: tensors[index] for name, index in self.carrier_places.items()},
             self.key,
             any(
                 [
@@ -55,8 +55,8 @@ class LiveBlock:
     def _name(self, tensors: list[Any]) -> None:
         places = {id(tensor): index for index, tensor in enumerate(tensors)}
         state = state_of(self.block)
-        self.state = {name: places[id(tensor)] for name, tensor in state.items()}
-        self.carriers = {name: places[id(tensor)] for name, tensor in carriers_of(self.block).items()}
+        self.places = {name: places[id(tensor)] for name, tensor in state.items()}
+        self.carrier_places = {name: places[id(tensor)] for name, tensor in carriers_of(self.block).items()}
         self.key = (key_of_modules(self.block), key_of_state(state))
 
 
