@@ -61,11 +61,11 @@ class BatchWatch(ModelHook):
     def compare(self, name: str, shape: tuple[int, ...]) -> None:
         """Warns, once, of a shape with more entries than the planned one, or as many in longer texts."""
         planned = self.planned.get(name)
-        if planned is None or self.warned or math.prod(shape) < math.prod(planned):
+        if planned is None or self.warned:
             return
         # A list: what the compiler would make of a generator here is an error.
         is_longer = any([size > known for size, known in zip(shape[1:], planned[1:], strict=False)])
-        if math.prod(shape) == math.prod(planned) and not is_longer:
+        if (math.prod(shape), is_longer) <= (math.prod(planned), False):
             return
         self.warned = True
         warnings.warn(

@@ -36,7 +36,10 @@ def calibrate(model: torch.nn.Module, regions: Sequence[Region], args: tuple[Any
                 buffer.copy_(buffers[name])
     if dist.is_available() and dist.is_initialized():
         for region in regions:
-            _broadcast(region)
+            for name, v in region.projections.items():
+                on_device = v.to(next(region.block.parameters()).device)
+                dist.broadcast(on_device, src=0)
+                region.set_projection(name, on_device)
 
 
 class _Calibrator(StandIn):
@@ -71,11 +74,3 @@ class _MeanOfInputs(Interpreter):
             mean = mean_projection(x, v.shape[-1]).to(self.region.projections[name].dtype)
             self.region.set_projection(name, mean)
         return super().run_node(n)
-
-
-def _broadcast(region: Region) -> None:
-    device = next(region.block.parameters()).device
-    for name, v in region.projections.items():
-        on_device = v.to(device)
-        dist.broadcast(on_device, src=0)
-        region.set_projection(name, on_device)

@@ -57,7 +57,7 @@ class FactoredRegion(Region):
         if torch.compiler.is_compiling():
             super().fall_back(reason, key)
         elif key is not None:
-            reason = f"{reason} ({self.differences(key)})"
+            reason = f"{reason} ({self.what_differs(key)})"
         self.refuse(reason)
 
     def refuse(self, reason: str | None) -> None:

@@ -24,7 +24,7 @@ from velora_fx.runtime.shards import Shard, local_shard
 
 
 @dataclass(frozen=True)
-class Factored:
+class FactoredWeight:
     """A weight with a factored gradient, its carrier and its projection v [G, M]."""
 
     name: str
@@ -39,7 +39,7 @@ class Factored:
         return float(self.v.shape[1] ** -0.5)
 
 
-Held = tuple[Factored, Mapping[str, Any]]  # with the group of parameters that its carrier is in
+Held = tuple[FactoredWeight, Mapping[str, Any]]  # with the group of parameters that its carrier is in
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Step:
 
     frame: FrameType | None
     held: list[Held]
-    stepped: list[tuple[Factored, Any]]
+    stepped: list[tuple[FactoredWeight, Any]]
     scaled: list[tuple[torch.Tensor, int, float]]
 
 
@@ -105,26 +105,24 @@ class Folding:
             carrier._velora_folding = self  # type: ignore[attr-defined]  # lives as long as they do
         self._hold()
 
-    def factored(self) -> Iterator[Factored]:
+    def weights(self) -> Iterator[FactoredWeight]:
         """The live weights with carriers; modules may have got other parameters meanwhile (FSDP2)."""
         for region in sorted(self.regions, key=lambda region: region.name):
             for choice in region.choices.values():
-                found = _factored(region, choice)
+                found = _weight_of(region, choice)
                 if found is not None:
                     yield found
 
     def before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Refuses what would not be exact, and scales the gradients: after the closure, where there is one."""
         last = self.steps.pop(id(optimizer), None)
-        if last is not None and any(
-            frame is last.frame for frame in _frames()
-        ):  # a step that calls that of its base class
+        if last is not None and _is_running(last.frame):  # a step that calls that of its base class
             self.steps[id(optimizer)] = last
             return None
         if last is not None:
             _unscale(last)  # it failed
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        found = list(self.factored())
+        found = list(self.weights())
         held: list[Held] = [(item, groups[id(item.carrier)]) for item in found if id(item.carrier) in groups]
         self._check(optimizer, groups, found, held)
         if not held:
@@ -163,7 +161,7 @@ class Folding:
         self,
         optimizer: torch.optim.Optimizer,
         groups: Mapping[int, Any],
-        found: Sequence[Factored],
+        found: Sequence[FactoredWeight],
         held: Sequence[Held],
     ) -> None:
         name = type(optimizer).__name__
@@ -220,7 +218,7 @@ class _Hook:
             self.handle.remove()
 
 
-def _factored(region: Region, choice: Choice) -> Factored | None:
+def _weight_of(region: Region, choice: Choice) -> FactoredWeight | None:
     """The weight of a choice with its carrier; None where it has none, also because its module was replaced."""
     if choice.carrier is None:
         return None
@@ -230,8 +228,8 @@ def _factored(region: Region, choice: Choice) -> Factored | None:
     if carrier is None:
         return None
     name = f"{region.name}.{choice.carrier.parameter}".lstrip(".")
-    v = region.placed_by_name(carrier.device)[choice.tensor]
-    return Factored(name, module.get_parameter(weight), carrier, v, choice.carrier.input_dim)
+    v = dict(zip(region.projections, region.placed_on(carrier.device), strict=True))[choice.tensor]
+    return FactoredWeight(name, module.get_parameter(weight), carrier, v, choice.carrier.input_dim)
 
 
 def _frames() -> Iterator[FrameType]:
@@ -240,6 +238,10 @@ def _frames() -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
+
+
+def _is_running(frame: FrameType | None) -> bool:
+    return any(running is frame for running in _frames())
 
 
 def _caller() -> FrameType | None:

@@ -9,7 +9,7 @@ import torch
 from velora_fx.capture import Seen
 
 
-def refusal(block: torch.nn.Module, seen: Seen | None) -> str | None:
+def why_no_graph(block: torch.nn.Module, seen: Seen | None) -> str | None:
     """Why no graph can stand for a call now, or None. `seen` is the block, if it was looked at."""
     if inside_torch_func():
         return "it is called inside of torch.func"

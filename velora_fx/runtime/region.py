@@ -30,7 +30,7 @@ from velora_fx.ops.velora import is_followed
 from velora_fx.passes import run
 from velora_fx.passes.find_products import find_products
 from velora_fx.passes.swap import Choice, swap
-from velora_fx.runtime.inner_hooks import inside_torch_func, refusal
+from velora_fx.runtime.inner_hooks import inside_torch_func, why_no_graph
 from velora_fx.runtime.notices import Notices
 from velora_fx.runtime.stand_in import StandIn
 
@@ -78,7 +78,7 @@ class Region(StandIn):
         seen = None if torch.compiler.is_compiling() else self.live.look()
         if seen is not None:
             self.num_calls += 1
-        reason = refusal(self.block, seen)
+        reason = why_no_graph(self.block, seen)
         if reason is not None:
             self.fall_back(reason)
             return self.original(*args, **kwargs)
@@ -114,19 +114,19 @@ class Region(StandIn):
         if key is not None and is_traced:
             self.notices.say(
                 self.name,
-                f"is compiled for a call unlike those that were planned for ({self.differences(key)}) and runs its "
+                f"is compiled for a call unlike those that were planned for ({self.what_differs(key)}) and runs its "
                 "original forward, exactly: plan with example_inputs like it",
             )
         elif key is not None:
             self.notices.say(
                 self.name,
                 f"was called in more than {MAX_GRAPHS} different ways and runs its original forward for new ones",
-                f", such as this one ({self.differences(key)})",
+                f", such as this one ({self.what_differs(key)})",
             )
         else:
             self.notices.say(self.name, f"runs its original forward, exactly: {reason}")
 
-    def differences(self, key: tuple[Any, ...]) -> str:
+    def what_differs(self, key: tuple[Any, ...]) -> str:
         """In what a call differs from those that there are graphs for."""
         alike = next((graph for graph in self.graphs if graph.key == key), None)
         if alike is None:
@@ -173,10 +173,6 @@ class Region(StandIn):
             self.placed = moved
         return list(moved.values())
 
-    def placed_by_name(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """The same by the tensor's name."""
-        return dict(zip(self.projections, self.placed_on(device), strict=True))
-
 
 def _tell_traced(context: Any) -> None:
     """Runs while Dynamo traces `Region.fall_back`, with its locals: an ordinary warning would not be seen there."""
@@ -202,18 +198,13 @@ def rewritten(graph: RegionGraph, choices: Mapping[str, Choice]) -> RegionGraph:
     """A copy of a prepared graph with the choices put in; without `gm` if none of them applies to it."""
     if graph.captured is None or graph.gm is None:
         return graph
-    is_factored = any(choice.carrier for choice in choices.values())
-    if graph.checkpoint is not None and not is_factored:
-        return RegionGraph(graph.key, graph.attributes, None, CHECKPOINTED)
     carried = {choice.carrier.parameter for choice in choices.values() if choice.carrier}
-    trainable = {name for name, *_, requires_grad in graph.key[3] if requires_grad} | carried
+    if graph.checkpoint is not None and not carried:
+        return RegionGraph(graph.key, graph.attributes, None, CHECKPOINTED)
     key = with_frozen(graph.key, carried)
-    wanted = {
-        product.consumer
-        for product in find_products(graph.gm)
-        if product.consumer in choices and product.parameter in trainable
-    }
-    if not wanted:
+    trainable = {name for name, *_, requires_grad in graph.key[3] if requires_grad} | carried
+    products = [product for product in find_products(graph.gm) if product.parameter in trainable]
+    if not any(product.consumer in choices for product in products):
         return RegionGraph(key, graph.attributes, None, "none of the weights that the plan compresses is trained")
     gm = copy.deepcopy(graph.gm)
     run(gm, [partial(swap, choices=choices)])
