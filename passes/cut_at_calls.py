@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from velora_fx.passes.inline_state_regions import is_state_node
-
 
 @dataclass(frozen=True)
 class Segment:
@@ -47,12 +45,12 @@ def cut_at_calls(gm: GraphModule, calls: Sequence[Sequence[Node]], results: Sequ
 
 
 def _opens(node: Node) -> int:
-    """1 for a node that enters a state, -1 for one that leaves it, else 0."""
-    if not is_state_node(node):
-        return 0
+    """1 for a node that enters a grad-mode or autocast stretch, -1 for one that leaves it, else 0."""
     if node.target is torch._C._set_grad_enabled:
         return -1 if node.args[0] else 1
-    return 1 if node.target is torch.amp.autocast_mode._enter_autocast else -1
+    if node.target is torch.amp.autocast_mode._enter_autocast:
+        return 1
+    return -1 if node.target is torch.amp.autocast_mode._exit_autocast else 0
 
 
 def _segment(gm: GraphModule, nodes: Sequence[Node], needed: set[Any]) -> Segment:

@@ -44,15 +44,6 @@ def inline_state_regions(gm: GraphModule) -> GraphModule:
     return gm
 
 
-def is_state_node(node: Node) -> bool:
-    """True for the nodes that set grad mode or autocast: nothing may be moved across them."""
-    return node.target in (
-        torch._C._set_grad_enabled,
-        torch.amp.autocast_mode._enter_autocast,
-        torch.amp.autocast_mode._exit_autocast,
-    )
-
-
 def _inline(gm: GraphModule, wrapped: Node, inputs: Sequence[Any]) -> Any:
     """Copies the nodes of a wrapped body to where nodes are inserted now; returns its outputs."""
     body = gm.get_submodule(str(wrapped.target))

@@ -197,7 +197,9 @@ def _load(arguments: argparse.Namespace) -> tuple[torch.nn.Module, Any, str]:
     """The model, its example inputs, and a note on its size."""
     dtype = DTYPES.get(arguments.dtype)
     model, inputs = presets.load(arguments.model, arguments.batch_size, arguments.seq_len, dtype)
-    return model, inputs, _size_note(model)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    dtypes = dict.fromkeys(str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters())
+    return model, inputs, f"{count:,} parameters in {' and '.join(dtypes)}"
 
 
 @contextlib.contextmanager
@@ -236,12 +238,6 @@ def _plan(arguments: argparse.Namespace) -> Plan:
 
 def _noted(plan: Plan, name: str, note: str) -> Plan:
     return replace(plan, model=name, notes=(note, *plan.notes))
-
-
-def _size_note(model: torch.nn.Module) -> str:
-    count = sum(parameter.numel() for parameter in model.parameters())
-    dtypes = dict.fromkeys(str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters())
-    return f"{count:,} parameters in {' and '.join(dtypes)}"
 
 
 def _number(text: str) -> float | str:

@@ -66,10 +66,6 @@ def _fold_cuda(weights: Sequence[Tensor], carriers: Sequence[Tensor], vs: Sequen
 
 
 @_FOLD.register_fake
-def _fold_fake(weights: Sequence[Tensor], carriers: Sequence[Tensor], vs: Sequence[Tensor], keep: Tensor) -> None:
-    _check(weights, carriers, vs, keep)
-
-
 def _check(weights: Sequence[Tensor], carriers: Sequence[Tensor], vs: Sequence[Tensor], keep: Tensor) -> None:
     if not len(weights) == len(carriers) == len(vs) or keep.numel() != 1:
         raise ValueError(

@@ -170,14 +170,6 @@ def _expand_fake(factor: Tensor, v: Tensor, transposed: bool) -> Tensor:
     return factor.new_empty(width, out).t() if transposed else factor.new_empty(out, width)
 
 
-def _compress_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.mark_non_differentiable(output)
-
-
-def _compress_backward(ctx: Any, dz: Tensor) -> tuple[None, None]:
-    return None, None
-
-
 class _Linear(torch.autograd.Function):
     """``velora::linear`` where nothing follows it."""
 
@@ -262,21 +254,15 @@ def _autocast_to(dtype: torch.dtype, tensor: Tensor) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
-def _compress_flops(x: torch.Size, *_: Any, **__: Any) -> int:
-    return 2 * prod(x)
-
-
-def _linear_flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
-    return 2 * prod(x) * weight[0]
-
-
-_COMPRESS.register_autograd(_compress_backward, setup_context=_compress_setup)
+_COMPRESS.register_autograd(
+    lambda ctx, dz: (None, None), setup_context=lambda ctx, inputs, output: ctx.mark_non_differentiable(output)
+)
 _LINEAR.register_autograd(_linear_backward, setup_context=_linear_setup)
 _COMPRESS.register_torch_dispatch(FunctionalTensorMode, _decomposed_into(compress_reference))
 _LINEAR.register_torch_dispatch(FunctionalTensorMode, _decomposed_into(_linear_forward))
 _EXPAND.register_torch_dispatch(FunctionalTensorMode, _decomposed_into(expand_reference))
-register_flop_formula(torch.ops.velora.compress)(_compress_flops)
-register_flop_formula(torch.ops.velora.linear)(_linear_flops)
+register_flop_formula(torch.ops.velora.compress)(lambda x, *_, **__: 2 * prod(x))
+register_flop_formula(torch.ops.velora.linear)(lambda x, weight, *_, **__: 2 * prod(x) * weight[0])
 # custom_op's own register_autocast would fix one dtype here and now, and would cast z, v and the carrier too.
 _AUTOCAST = torch.library.Library("velora", "FRAGMENT")  # type: ignore[no-untyped-call]
 _AUTOCAST.impl("linear", _autocast("cpu", torch._C.DispatchKey.AutocastCPU), "AutocastCPU")  # type: ignore[no-untyped-call]
