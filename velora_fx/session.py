@@ -26,6 +26,7 @@ from velora_fx.runtime import (
     Checkpointed,
     FactoredRegion,
     Folding,
+    Notices,
     Region,
     StandIn,
     calibrate,
@@ -101,11 +102,11 @@ def apply_request(model: torch.nn.Module, request: Request, args: tuple[Any, ...
         regions_to_install = region_plans(findings, compressed, plan.is_factored)
     names = {without_wrappers(name): name for name, _ in model.named_modules()}
     before = vars(model).get(STATE)
-    carriers = take_out(model)
+    carriers, notices = take_out(model), Notices(plan)
     try:
-        regions = install(model, regions_to_install, plan.seed, plan)
+        regions = install(model, regions_to_install, plan.seed, notices)
         recomputed = {names[without_wrappers(item.region)]: item.recompute for item in plan.recomputed}
-        checkpointed = install_checkpointing(model, recomputed)
+        checkpointed = install_checkpointing(model, recomputed, notices)
         if request.projections:
             load_projections(regions, request.projections)
         elif plan.projection == "batch_mean":

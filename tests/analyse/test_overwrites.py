@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import velora_fx
 from tests.helpers.gradients import assert_same_gradients, compressed_weights, step
-from velora_fx.runtime import install_checkpointing
+from velora_fx.runtime import Notices, install_checkpointing
 
 WIDTH = 32
 
@@ -129,7 +129,7 @@ def test_a_products_result_that_is_written_after_its_block_is_not_kept_for_it(bi
 def test_a_block_that_writes_to_its_input_is_not_recomputed() -> None:
     model, batch = made(given=halved)
     again = copy.deepcopy(model)
-    install_checkpointing(again, {f"blocks.{number}": "all" for number in range(3)})
+    install_checkpointing(again, {f"blocks.{number}": "all" for number in range(3)}, Notices(None))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # what it would do
         step(again, batch, lambda loss: loss)
     plan = velora_fx.plan(model, None, batch, optimizer="none", method="exact")

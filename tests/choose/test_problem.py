@@ -16,7 +16,7 @@ from velora_fx.analyse import Actions, Analysis, analyse
 from velora_fx.choose.problem import Problem
 from velora_fx.choose.search import Search
 from velora_fx.options import Options
-from velora_fx.runtime import install
+from velora_fx.runtime import Notices, install
 
 
 def analysis_of(model: nn.Module, batch: dict[str, Tensor], **options: object) -> Analysis:
@@ -67,7 +67,7 @@ def test_compiled_code_makes_projections_again_so_that_the_smallest_sub_tokens_f
     for index in (0, -1):
         sizes = {candidate.key: candidate.sizes[index] for candidate in search.analysis.candidates}
         compressed = copy.deepcopy(model)
-        install(compressed, plans_for(search.analysis, sizes), seed=0)
+        install(compressed, plans_for(search.analysis, sizes), 0, Notices(None))
         peaks.append(measured_peak(compressed, batch, "inductor"))
         assert_near(search.analysis.peak(Actions(sizes)).peak_bytes, peaks[-1], "inductor")
     untouched, at_two, at_most = peaks
@@ -80,5 +80,5 @@ def test_projections_of_what_only_a_product_makes_are_kept() -> None:
     assert search.problem.projections_are_kept
     assert min(search.tightest[0].sizes.values()) > 2
     compressed = Products().train()
-    install(compressed, plans_for(search.analysis, search.tightest[0].sizes), seed=0)
+    install(compressed, plans_for(search.analysis, search.tightest[0].sizes), 0, Notices(None))
     assert_near(search.tightest[1].peak_bytes, measured_peak(compressed, batch, "inductor"), "inductor")

@@ -20,7 +20,7 @@ from velora_fx.analyse.candidates import by_consumers
 from velora_fx.capture import find_blocks
 from velora_fx.choose.search import Search
 from velora_fx.options import Options, planning_device
-from velora_fx.runtime import RegionPlan, install
+from velora_fx.runtime import Notices, RegionPlan, install
 from velora_fx.simulate.compiled.inductor import without_kernels
 
 TOLERANCE = {"eager": 0.02, "inductor": 0.03, "blocks": 0.03}
@@ -59,7 +59,7 @@ def predict(model: nn.Module, batch: Mapping[str, Any], **options: Any) -> Predi
     analysis = analyse(model, (), dict(batch), wanted, planning_device(model), lambda text: None)
     actions, peak = Search(analysis, compresses=True, recomputes=False).tightest
     compressed = copy.deepcopy(model)
-    install(compressed, plans_for(analysis, actions.sizes), seed=0)
+    install(compressed, plans_for(analysis, actions.sizes), 0, Notices(None))
     return Prediction(analysis, analysis.baseline.peak_bytes, peak.peak_bytes, compressed)
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import velora_fx
 from tests.end_to_end.test_memory import batch_of, bert, gpt2, llama, measured_peak
-from tests.helpers.gradients import assert_same_gradients, step
+from tests.helpers.gradients import assert_same_gradients, step, tightest
 from tests.helpers.toys import Block, Stack, rows, stack, without_dropout
 from tests.helpers.zoo import loss_of
-from velora_fx.runtime import Checkpointed, install_checkpointing
+from velora_fx.runtime import Checkpointed, Notices, install_checkpointing
 
 
 def ends(model: nn.Module, batch: Any, **options: Any) -> tuple[int, int]:
@@ -69,7 +72,7 @@ def test_what_is_cheap_is_recomputed_first() -> None:
 def test_compiled_as_a_whole_the_gradients_are_the_same() -> None:
     model, x = without_dropout(stack()), rows()
     reference = copy.deepcopy(model)
-    install_checkpointing(model, {"blocks.0": "pointwise", "blocks.1": "all"})
+    install_checkpointing(model, {"blocks.0": "pointwise", "blocks.1": "all"}, Notices(None))
     reference(x).backward()
     torch.compile(model, fullgraph=True, backend="aot_eager")(x).backward()
     assert_same_gradients(model, reference)
@@ -78,7 +81,7 @@ def test_compiled_as_a_whole_the_gradients_are_the_same() -> None:
 def test_eval_and_no_grad_run_the_original_forward() -> None:
     model, calls = stack(), []
     original = Block.forward
-    stand_in = Checkpointed("", model.blocks[0], "all")
+    stand_in = Checkpointed("", model.blocks[0], "all", Notices(None))
     stand_in.original = lambda *args, **kwargs: calls.append(args) or original(model.blocks[0], *args, **kwargs)
     stand_in.install()
     model.eval()(rows()).backward()
@@ -180,3 +183,62 @@ def test_a_plan_that_compresses_says_what_exact_recompute_would_do() -> None:
     assert f"also reachable exactly, step time x{ratio:.2f}" in str(plan)
     assert "recomputed in backward, exactly" in str(exact)
     assert "not reachable by recompute alone" in str(tight)
+
+
+class Outside(Stack):
+    """Checkpoints its blocks while it is told to."""
+
+    use_reentrant: bool | None = None
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: Any = None) -> Tensor:
+        for block in self.blocks:
+            told = self.use_reentrant is not None
+            x = checkpoint(block, x, use_reentrant=self.use_reentrant) if told else block(x)
+        return self.head(x).square().mean()  # type: ignore[no-any-return]
+
+
+def num_warnings(model: nn.Module, batch: Any, loss: Any) -> int:
+    """How many warnings of two steps speak of gradient checkpointing."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            step(model, batch, loss)
+    return len([w for w in caught if "is under gradient checkpointing already" in str(w.message)])
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("method", ["compress", "exact"])
+def test_blocks_that_their_caller_comes_to_checkpoint_are_spoken_of_once(method: str, use_reentrant: bool) -> None:
+    torch.manual_seed(0)
+    model, x = without_dropout(Outside(3, width=64)), rows(64, 64, 64).requires_grad_()
+    plan = tightest(model, (x,), method=method)
+    assert plan.compressed or plan.recomputed
+    velora_fx.apply(model, plan, (x,))
+    assert num_warnings(model, {"x": x}, lambda loss: loss) == 0
+    model.use_reentrant = use_reentrant
+    assert num_warnings(model, {"x": x}, lambda loss: loss) == 1
+
+
+def test_a_block_that_comes_to_checkpoint_itself_is_recomputed_once() -> None:
+    model = llama().train()
+    batch, reference = batch_of(model), copy.deepcopy(model)
+    velora_fx.apply(model, tightest(model, batch, method="exact"), batch)
+    products = []
+    for one in (model, reference):
+        one.enable_input_require_grads()
+        one.gradient_checkpointing_enable({"use_reentrant": False})
+        with FlopCounterMode(display=False) as counter:
+            assert num_warnings(one, batch, loss_of) == (one is model)
+        products.append(counter.get_total_flops())
+    assert products[0] == products[1]
+    assert velora_fx.plan_of(model).in_effect.calls == 0
+    assert_same_gradients(model, reference)
+
+
+def test_blocks_that_were_planned_for_in_checkpoints_are_not_spoken_of() -> None:
+    torch.manual_seed(0)
+    model, x = without_dropout(Outside(3, width=64)), rows(64, 64, 64).requires_grad_()
+    model.use_reentrant = False
+    for options in ({}, {"gradients": "factored"}):
+        velora_fx.apply(model, tightest(model, (x,), **options), (x,))
+        assert num_warnings(model, {"x": x}, lambda loss: loss) == 0

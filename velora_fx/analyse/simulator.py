@@ -14,7 +14,7 @@ from velora_fx.analyse.probe import Findings
 from velora_fx.analyse.region_plans import region_plans
 from velora_fx.analyse.steps import Rehearsal
 from velora_fx.capture import UnequalError
-from velora_fx.runtime import Recompute, RegionPlan, install, install_checkpointing, uninstall
+from velora_fx.runtime import Notices, Recompute, RegionPlan, install, install_checkpointing, uninstall
 from velora_fx.simulate import Shortened, ShownStep, Timeline, lengthen, shorten
 from velora_fx.simulate.compiled import ALL_JOINED
 
@@ -129,8 +129,9 @@ class Simulator:
     def _with(self, treatment: Treatment, fake: torch.nn.Module, run: Callable[[torch.nn.Module], Result]) -> Result:
         """What `run` makes of a fake model with the treatment installed."""
         self.progress("planned step")
-        install(fake, treatment.plans, self.rehearsal.options.seed)
-        install_checkpointing(fake, treatment.recomputed)
+        notices = Notices(None)
+        install(fake, treatment.plans, self.rehearsal.options.seed, notices)
+        install_checkpointing(fake, treatment.recomputed, notices)
         try:
             return run(fake)
         finally:

@@ -13,7 +13,7 @@ from velora_fx.capture.arguments import (
 from velora_fx.capture.attributes import INTERNAL_ATTRIBUTES, is_plain_object, own_forward
 from velora_fx.capture.blocks import child_regions, find_blocks, find_regions, has_trainable_matrix
 from velora_fx.capture.call_differences import differences
-from velora_fx.capture.checkpoints import Checkpoint, ContextFn, inlined_checkpoints, noted_checkpoints
+from velora_fx.capture.checkpoints import Checkpoint, ContextFn, in_checkpoint, inlined_checkpoints, noted_checkpoints
 from velora_fx.capture.export import Captured, fakes_of, isolated, plain_graph_module
 from velora_fx.capture.graphs import (
     Call,
@@ -68,6 +68,7 @@ __all__ = [
     "flatten",
     "has_replaced_forwards",
     "has_trainable_matrix",
+    "in_checkpoint",
     "inlined_checkpoints",
     "is_cache",
     "is_plain_object",

@@ -31,6 +31,13 @@ class Checkpoint:
         )
 
 
+def in_checkpoint() -> bool:
+    """True in an eager forward that `torch.utils.checkpoint` runs, and where it runs again in backward."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    is_kept_for = hooks is not None and hooks[0].__qualname__.startswith("_checkpoint_hook.")
+    return is_kept_for or torch._C._current_graph_task_id() != -1
+
+
 @contextlib.contextmanager
 def noted_checkpoints(opened: list[Checkpoint]) -> Iterator[None]:
     """Keeps in the list the checkpoints whose forward runs."""

@@ -9,6 +9,7 @@ from velora_fx.runtime.factored_step import Folding
 from velora_fx.runtime.inner_hooks import hooks_in
 from velora_fx.runtime.install import RegionPlan, install
 from velora_fx.runtime.measure import measured_step
+from velora_fx.runtime.notices import Notices
 from velora_fx.runtime.optimizers import OptimizerFactory, optimizer_factory
 from velora_fx.runtime.region import CHECKPOINTED, Region, make_call
 from velora_fx.runtime.stand_in import STATE, StandIn, uninstall
@@ -24,6 +25,7 @@ __all__ = [
     "FactoredRegion",
     "Folding",
     "ModelHook",
+    "Notices",
     "OptimizerFactory",
     "Recompute",
     "Region",

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from velora_fx.runtime.notices import Notices
 from velora_fx.runtime.region import make_call
 from velora_fx.runtime.stand_in import StandIn
 
@@ -28,11 +29,12 @@ class Checkpointed(StandIn):
     """The forward of a block under gradient checkpointing.
 
     "pointwise" keeps the outputs of matrix products and attention and recomputes the rest, "all" keeps the block's
-    inputs alone. In `eval()` and under `no_grad` it calls the original forward.
+    inputs alone. In `eval()`, under `no_grad` and for a block that checkpoints itself it calls the original forward.
     """
 
-    def __init__(self, name: str, block: torch.nn.Module, recompute: Recompute) -> None:
+    def __init__(self, name: str, block: torch.nn.Module, recompute: Recompute, notices: Notices) -> None:
         super().__init__(block)
+        self.notices = notices
         self.name = name
         self.recompute = recompute
         self.num_calls = self.num_in_effect = 0  # of calls in training that no compiler traced
@@ -40,9 +42,13 @@ class Checkpointed(StandIn):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.removed or not self.block.training or not torch.is_grad_enabled():
             return self.original(*args, **kwargs)
+        is_told = bool(vars(self.block).get("gradient_checkpointing"))  # by Hugging Face's trainers: it does so itself
         if not torch.compiler.is_compiling():
             self.num_calls += 1
-            self.num_in_effect += 1
+            self.num_in_effect += not is_told
+            self.notices.check_checkpoints(self, is_told)
+        if is_told:
+            return self.original(*args, **kwargs)
         call = make_call(self.block, args, kwargs)  # a cache would be filled twice
         context_fn = CONTEXTS[self.recompute]
         context: dict[str, Any] = {} if context_fn is None else {"context_fn": context_fn}
@@ -61,11 +67,13 @@ CONTEXTS: Mapping[Recompute, Callable[[], Any] | None] = {
 }
 
 
-def install_checkpointing(model: torch.nn.Module, recomputed: Mapping[str, Recompute]) -> list[Checkpointed]:
+def install_checkpointing(
+    model: torch.nn.Module, recomputed: Mapping[str, Recompute], notices: Notices
+) -> list[Checkpointed]:
     """Has the named blocks recompute in backward."""
     stand_ins = []
     for name, recompute in recomputed.items():
-        stand_in = Checkpointed(name, model.get_submodule(name), recompute)
+        stand_in = Checkpointed(name, model.get_submodule(name), recompute, notices)
         stand_in.install()
         stand_ins.append(stand_in)
     return stand_ins

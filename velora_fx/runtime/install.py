@@ -10,7 +10,6 @@ import torch
 from velora_fx.capture import RegionGraph
 from velora_fx.ops import sign_projection
 from velora_fx.passes.swap import Choice
-from velora_fx.plans import Plan
 from velora_fx.runtime.carriers import add_carriers
 from velora_fx.runtime.factored_region import FactoredRegion
 from velora_fx.runtime.factored_step import Folding
@@ -27,13 +26,11 @@ class RegionPlan:
     widths: Mapping[str, int]
 
 
-def install(
-    model: torch.nn.Module, plans: Mapping[str, RegionPlan], seed: int, plan: Plan | None = None
-) -> list[Region]:
+def install(model: torch.nn.Module, plans: Mapping[str, RegionPlan], seed: int, notices: Notices) -> list[Region]:
     """Installs the regions, with the carriers of their weights; those with the same graphs and choices share their
-    rewritten graphs. `plan` is the one that they are of, None where it does not matter."""
+    rewritten graphs."""
     shared: dict[tuple[object, ...], list[RegionGraph]] = {}
-    regions, folding, notices = [], Folding(), Notices(plan)
+    regions, folding = [], Folding()
     for name, own in plans.items():
         block = model.get_submodule(name)
         key = (*(id(graph) for graph in own.graphs), *own.choices.items())

@@ -7,12 +7,13 @@ from typing import Any, Protocol
 
 import torch
 
+from velora_fx.capture import in_checkpoint
 from velora_fx.devices import autocast_of
 from velora_fx.plans import Plan
 
 
 class Named(Protocol):
-    """What is spoken of: a region."""
+    """What is spoken of: a region, or a block that is recomputed."""
 
     name: str
 
@@ -26,6 +27,7 @@ class Notices:
     def __init__(self, plan: Plan | None) -> None:
         self.compiled = None if plan is None else plan.compiled
         self.device, self.autocast = ("", None) if plan is None else (plan.device, plan.autocast)
+        self.frees_in_checkpoints = plan is None or plan.is_factored or plan.objective == "speed"
         self.said: set[str] = set()
         self.eager_calls: dict[str, int] = {}
 
@@ -50,16 +52,27 @@ class Notices:
         if self.device and autocast_of(self.device) != self.autocast:
             now, then = (f"autocast {dtype or 'off'}" for dtype in (autocast_of(self.device), self.autocast))
             self.say(region.name, f"runs with {now}, and was planned with {then}: plan within the autocast of training")
+        self.check_checkpoints(region)
         if self.compiled:
             calls = self.eager_calls[region.name] = self.eager_calls.get(region.name, 0) + 1
             if calls == ENOUGH_EAGER_CALLS:
                 self.say(region.name, EAGER)
+
+    def check_checkpoints(self, region: Named, is_told: bool = False) -> None:
+        """Warns of a region or a recomputed block that is checkpointed, by its caller or as it `is_told` to, though it
+        was not planned for so."""
+        if not self.frees_in_checkpoints and (is_told or in_checkpoint()):
+            self.say(region.name, TWICE)
 
 
 ENOUGH_EAGER_CALLS = 4  # two steps of a block that is called once more by a checkpoint
 EAGER = (
     "runs eagerly, which keeps other tensors than the compiled step that was planned for: compile the model with "
     "torch.compile, or plan with compiled=False"
+)
+TWICE = (
+    "is under gradient checkpointing already, where the plan for it frees nothing more: leave that off, or turn it on "
+    "before velora_fx.optimize"
 )
 COMPILED = (
     "runs under torch.compile, where other tensors are kept than in the eager step that was planned for: plan with "

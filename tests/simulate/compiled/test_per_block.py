@@ -16,7 +16,7 @@ from tests.helpers.gradients import assert_same_gradients
 from tests.helpers.peaks import assert_near, measured_peak, plans_for, predict
 from tests.helpers.toys import Stack, rows, stack, without_dropout
 from velora_fx.analyse import Actions
-from velora_fx.runtime import install
+from velora_fx.runtime import Notices, install
 
 
 def batch() -> dict[str, Tensor]:
@@ -28,7 +28,7 @@ def test_the_peak_is_the_allocators_untouched_and_compressed() -> None:
     analysis = predict(model, batch(), compiled="blocks").analysis
     sizes = {candidate.key: candidate.sizes[-1] for candidate in analysis.candidates}
     compressed = copy.deepcopy(model)
-    install(compressed, plans_for(analysis, sizes), seed=0)
+    install(compressed, plans_for(analysis, sizes), 0, Notices(None))
     for one, actions in ((model, Actions()), (compressed, Actions(sizes))):
         peak = analysis.peak(actions)
         assert_near(peak.peak_bytes, measured_peak(one, batch(), "blocks"), "blocks")
