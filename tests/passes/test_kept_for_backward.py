@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from tests.helpers.graph_text import prepared
 from tests.helpers.padding import padded_products
+from tests.helpers.toys import Of
 from velora_fx.capture import state_of
 from velora_fx.passes.kept_for_backward import Kept, kept_for_backward
 
@@ -81,17 +82,10 @@ def test_the_width_is_that_of_the_input_also_where_the_weight_is_stored_transpos
     assert found == {number: expected[name] for number, name in enumerate(names)}
 
 
-class Shared(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(WIDTH, HIDDEN, bias=False), nn.Linear(WIDTH, HIDDEN, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.a(x) * self.b(x) + x.cos().sum()
-
-
 def test_one_tensor_may_be_kept_for_several_weights_and_operations() -> None:
-    kept = kept_by(backward_of(Shared(), torch.randn(ROWS, WIDTH).requires_grad_()))
+    a, b = (nn.Linear(WIDTH, HIDDEN, bias=False) for _ in range(2))
+    shared_input = Of(lambda m, x: m.a(x) * m.b(x) + x.cos().sum(), a=a, b=b)
+    kept = kept_by(backward_of(shared_input, torch.randn(ROWS, WIDTH).requires_grad_()))
     (shared,) = [use for use in kept if len(use.gradients_of) > 1]
     assert sorted(shared.gradients_of) == [(0, ROWS, WIDTH), (1, ROWS, WIDTH)]
     assert shared.operations == ("sin",)
