@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -107,14 +107,15 @@ def compressed(model: nn.Module, *args: Tensor, **options: Any) -> nn.Module:
     return velora_fx.apply(model, plan, args)
 
 
-def compressed_stack(**options: Any) -> nn.Module:
-    """A copy of a `Stack` with everything compressed that can be; it is planned for once."""
-    return copy.deepcopy(_compressed_stack(**options))
+def compressed_stack(is_compiled: bool = False, has_dropout: bool = True) -> Any:
+    """A `Stack` with everything compressed that can be, by a plan that is made once, of an eager step."""
+    model = stack() if has_dropout else without_dropout(stack())
+    return velora_fx.apply(model, replace(_stack_plan(), compiled=is_compiled), (rows(),))
 
 
 @cache
-def _compressed_stack(**options: Any) -> nn.Module:
-    return compressed(stack(), rows(), **options)
+def _stack_plan() -> velora_fx.Plan:
+    return tightest(stack(), (rows(),))
 
 
 class Elementwise(torch.optim.Optimizer):
