@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict, namedtuple
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 from transformers.tokenization_utils_base import BatchEncoding
 
+from tests.helpers.examples import for_any
 from velora_fx.capture import example_call, flatten, without_empty_caches
 from velora_fx.capture.arguments import unflatten
 
@@ -26,10 +25,6 @@ values = st.recursive(
     ),
     max_leaves=12,
 )
-
-
-def for_any(*drawn: st.SearchStrategy[Any]) -> Callable[[Any], Any]:
-    return lambda test: settings(max_examples=100, deadline=None, derandomize=True)(given(*drawn)(test))
 
 
 def leaves_in_order(value: Any) -> list[Any]:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from tests.helpers.allocator import peak_of
+from tests.helpers.examples import for_any
 from tests.helpers.gradients import saved_by
 from tests.helpers.graph_text import graph_text, operations
 from tests.helpers.toys import Of
@@ -457,8 +457,7 @@ def sized() -> dict[tuple[str, int], tuple[Of, RegionGraph]]:
     }
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(st.sampled_from(SIZED), st.sampled_from([2, 4, 6, 8]), st.integers(1, 12))
+@for_any(st.sampled_from(SIZED), st.sampled_from([2, 4, 6, 8]), st.integers(1, 12), examples=150)
 def test_where_the_guards_hold_the_graph_is_the_forward(sized, function, captured_at, size):
     module, graph = sized[function.__name__, captured_at]
     x = rows(size)

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
+from tests.helpers.examples import for_any
 from tests.helpers.graph_text import golden, graph_text, prepared
 from velora_fx.passes.cut_at_calls import cut_at_calls
 
@@ -71,8 +71,7 @@ programs = st.lists(
 )
 
 
-def for_any_program(test: Any) -> Any:
-    return settings(max_examples=100, deadline=None, derandomize=True)(given(programs)(test))
+for_any_program = for_any(programs)
 
 
 def traced(program: list[tuple[str, int, int]]) -> tuple[GraphModule, list[list[Node]], list[Node]]:

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from functorch.compile import aot_function, make_boxed_func, min_cut_rematerialization_partition
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._functorch.aot_autograd import aot_module_simplified
@@ -16,6 +15,7 @@ from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
+from tests.helpers.examples import for_any
 from tests.helpers.graph_text import prepared
 from tests.helpers.padding import padded_products
 from tests.helpers.toys import Of
@@ -105,7 +105,6 @@ def test_the_graph_stays_as_it_is() -> None:
     assert gm.graph.python_code("self").src == before
 
 
-few = settings(max_examples=25, deadline=None, derandomize=True)
 LEADING, WIDTHS = (2, 3), (4, 6)
 NUM_ROWS = 6
 SHAPES = [(b, a) for a in WIDTHS for b in WIDTHS for _ in range(2)]
@@ -176,8 +175,7 @@ def partitioned(program: list[tuple[str, int]], is_padded: bool = False) -> tupl
 
 
 @pytest.mark.parametrize("is_padded", [False, True])
-@few
-@given(program=steps)
+@for_any(program=steps, examples=25)
 def test_a_tensor_kept_for_gradients_alone_changes_those_and_no_other_output(program, is_padded):
     gm, inputs = partitioned(program, is_padded)
     placeholders = gm.graph.find_nodes(op="placeholder")
