@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 import velora_fx
 from tests.helpers.gradients import assert_same_gradients, step, tightest
-from tests.helpers.toys import Stack, compressed, rows, without_dropout
+from tests.helpers.toys import compressed_stack, rows
 from tests.helpers.zoo import loss_of
 
 
@@ -53,66 +53,41 @@ def ids() -> dict[str, Any]:
     return {"input_ids": tokens, "labels": tokens}
 
 
+def planned_stack() -> nn.Module:
+    return compressed_stack(is_compiled=True, has_dropout=False)
+
+
 def planned() -> LlamaForCausalLM:
     return copy.deepcopy(planned_once())
 
 
-def planned_stack() -> nn.Module:
-    return copy.deepcopy(planned_stack_once())
-
-
-@cache
-def planned_stack_once() -> nn.Module:
-    torch.manual_seed(0)
-    return compressed(without_dropout(Stack(2).train()), rows(), compiled=True)
-
-
 @cache
 def planned_once() -> LlamaForCausalLM:
+    """What is compressed is planned for eager code, which takes less time."""
     model = llama()
-    plan = tightest(model, ids(), compiled=True)
-    return velora_fx.apply(model, plan, ids())  # type: ignore[no-any-return]
+    return velora_fx.apply(model, replace(tightest(model, ids()), compiled=True), ids())  # type: ignore[no-any-return]
 
 
-def compile_blocks(model: nn.Module, backend: Any) -> Any:
-    for layer in model.model.layers:
-        layer.compile(backend=backend)
-    return model
-
-
-def compile_in_place(model: nn.Module, backend: Any) -> Any:
-    model.compile(backend=backend)
-    return model
-
-
-WAYS = {
-    "wrapped": lambda model, backend: torch.compile(model, backend=backend),
-    "in place": compile_in_place,
-    "blocks": compile_blocks,
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.filterwarnings("error:velora_fx")
+@pytest.mark.parametrize("way", ["wrapped", "in place", "blocks"])
 def test_arguments_that_were_not_planned_with_do_not_end_compression(way: str) -> None:
     model = planned()
     eager, backend = copy.deepcopy(model), Counting()
     batch = {**ids(), "num_items_in_batch": torch.tensor(28), "use_cache": False}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="velora_fx")
-        run = WAYS[way](model, backend)
-        for _ in range(2):
-            step(run, batch, loss_of)
+    run = torch.compile(model, backend=backend) if way == "wrapped" else model
+    for module in {"wrapped": [], "in place": [model], "blocks": model.model.layers}[way]:
+        module.compile(backend=backend)
+    for _ in range(2):
+        step(run, batch, loss_of)
     assert compressing(backend.graphs) > 0
     step(eager, batch, loss_of)
     assert_same_gradients(model, eager)
 
 
+@pytest.mark.filterwarnings("error:velora_fx")
 def test_a_batch_of_one_row_is_captured_too() -> None:
-    model = planned_stack()
     backend = Counting()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="velora_fx")
-        torch.compile(model, backend=backend)(rows(1, 8)).backward()
+    torch.compile(planned_stack(), backend=backend)(rows(1, 8)).backward()
     assert compressing(backend.graphs) > 0
 
 
@@ -153,13 +128,11 @@ def trained(model: nn.Module, folder: Path, **options: Any) -> Tensor:
         output_dir=str(folder), max_steps=3, per_device_train_batch_size=4, use_cpu=True, learning_rate=1e-2,
         report_to=[], save_strategy="no", disable_tqdm=True, **options,
     )  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="velora_fx")
-        warnings.filterwarnings("ignore", message="velora_fx.*was planned with autocast")
-        Trainer(model, arguments, train_dataset=Texts()).train()
+    Trainer(model, arguments, train_dataset=Texts()).train()
     return torch.cat([p.detach().flatten() for name, p in model.named_parameters() if "layers" in name])
 
 
+@pytest.mark.filterwarnings("error:velora_fx", "ignore:velora_fx.*was planned with autocast")
 @pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_stock_trainer_that_compiles_trains_compressed(tmp_path: Path, bf16: bool) -> None:
     start = planned()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
@@ -12,53 +11,33 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import velora_fx
+from tests.helpers.examples import for_any
 from velora_fx.options import GIB, Options, budget_bytes_of, planning_device
 from velora_fx.session import with_compiled
 
 CPU = torch.device("cpu")
 BAD: tuple[tuple[str, Any, str], ...] = (
     ("method", "velora", "'auto' or 'compress' or 'exact'"),
-    ("compiled", "inductor", "True, 'blocks', False or None"),
-    ("compiled", 1, "True, 'blocks', False or None"),
+    *(("compiled", value, "True, 'blocks', False or None") for value in ("inductor", 1)),
     ("gradients", "factored?", "'dense'"),
-    ("projection", "random", "'signs' or 'batch_mean'"),
-    ("projection", ["signs"], "'signs' or 'batch_mean'"),
-    ("sub_token_sizes", (), "integers of at least 2"),
-    ("sub_token_sizes", 32, "integers of at least 2"),
-    ("sub_token_sizes", "32", "integers of at least 2"),
-    ("sub_token_sizes", 32.0, "integers of at least 2"),
-    ("sub_token_sizes", (16, 1), "integers of at least 2"),
-    ("sub_token_sizes", (0,), "integers of at least 2"),
-    ("sub_token_sizes", (-4,), "integers of at least 2"),
-    ("sub_token_sizes", (16, 32.0), "integers of at least 2"),
-    ("sub_token_sizes", (True,), "integers of at least 2"),
-    ("gradient_accumulation", 0, "at least 1"),
-    ("gradient_accumulation", 2.0, "at least 1"),
-    ("gradient_accumulation", True, "at least 1"),
-    ("seed", 1.0, "an integer"),
-    ("seed", None, "an integer"),
-    ("seed", True, "an integer"),
+    *(("projection", value, "'signs' or 'batch_mean'") for value in ("random", ["signs"])),
+    *(
+        ("sub_token_sizes", value, "integers of at least 2")
+        for value in ((), 32, "32", 32.0, (16, 1), (0,), (-4,), (16, 32.0), (True,))
+    ),
+    *(("gradient_accumulation", value, "at least 1") for value in (0, 2.0, True)),
+    *(("seed", value, "an integer") for value in (1.0, None, True)),
     ("filter_fn", "lm_head", "filter_fn(module, name)"),
     ("loss_fn", 1.0, "loss_fn"),
 )
-GOOD: tuple[tuple[str, Any], ...] = (
-    ("gradient_accumulation", 8),
-    ("method", "exact"),
-    ("compiled", True),
-    ("compiled", None),
-    ("gradients", "dense"),
-    ("projection", "signs"),
-    ("projection", "batch_mean"),
-    ("sub_token_sizes", None),
-    ("sub_token_sizes", [2]),
-    ("sub_token_sizes", (32, 16, 32)),
-    ("seed", -(2**80)),
-)
+GOOD: dict[str, tuple[Any, ...]] = {
+    "gradient_accumulation": (8,), "method": ("exact",), "compiled": (True, None), "gradients": ("dense",),
+    "projection": ("signs", "batch_mean"), "sub_token_sizes": (None, [2], (32, 16, 32)), "seed": (-(2**80),),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "value", "allowed"), BAD, ids=lambda value: repr(value))
@@ -70,7 +49,7 @@ def test_a_bad_value_is_named_with_what_is_allowed(name, value, allowed):
     assert f"got {value!r}" in message
 
 
-@pytest.mark.parametrize(("name", "value"), GOOD, ids=lambda value: repr(value))
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in GOOD.items() for value in values])
 def test_a_good_value_is_kept(name, value):
     assert getattr(Options(**{name: value}), name) is value
 
@@ -85,31 +64,22 @@ def test_factored_gradients_want_signs_and_compression():
     assert Options(gradients="factored").is_factored and not Options().is_factored
 
 
-def test_options_cannot_be_changed_after_the_check():
+def test_options_are_given_by_name_and_cannot_be_changed_after_the_check():
+    with pytest.raises(TypeError):
+        Options("adamw")  # type: ignore[misc]
     with pytest.raises(AttributeError):
         Options().seed = 1.5  # type: ignore[misc]
 
 
-def test_options_are_given_by_name():
-    with pytest.raises(TypeError):
-        Options("adamw")  # type: ignore[misc]
-
-
-@settings(max_examples=50, deadline=None, derandomize=True)
-@given(st.floats(1e-6, 1e6) | st.integers(1, 10**6))
+@for_any(st.floats(1e-6, 1e6) | st.integers(1, 10**6), examples=50)
 def test_a_budget_is_in_units_of_two_to_the_thirty_bytes(budget):
     got = budget_bytes_of(budget, CPU)
     assert isinstance(got, int)
     assert got <= budget * GIB < got + 1
 
 
-@pytest.mark.parametrize("budget", ["1", "1GiB", " 1 GiB", "1.0"])
-def test_a_budget_may_be_text_with_its_unit(budget):
-    assert budget_bytes_of(budget, CPU) == GIB
-
-
-@pytest.mark.parametrize("budget", [np.float32(1), np.float64(1), np.int64(1)], ids=repr)
-def test_a_budget_may_be_a_number_of_numpy(budget):
+@pytest.mark.parametrize("budget", ["1", "1GiB", " 1 GiB", "1.0", np.float32(1), np.float64(1), np.int64(1)], ids=repr)
+def test_a_budget_may_be_text_with_its_unit_or_a_number_of_numpy(budget):
     got = budget_bytes_of(budget, CPU)
     assert type(got) is int and got == GIB
 
@@ -145,18 +115,16 @@ def test_a_budget_above_the_device_warns_with_both_numbers(gpu):
         assert budget_bytes_of(24, torch.device("cuda")) == 24 * GIB
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("budget", "device"), [(23.5, "cuda"), (1, "cuda:0"), (24, "cpu"), (80, "cuda:1")], ids=repr)
 def test_a_budget_within_the_device_or_for_one_that_is_not_there_does_not_warn(gpu, budget, device):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert budget_bytes_of(budget, torch.device(device)) == budget * GIB
+    assert budget_bytes_of(budget, torch.device(device)) == budget * GIB
 
 
+@pytest.mark.filterwarnings("error")
 def test_without_a_gpu_no_budget_warns(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        budget_bytes_of(10**6, torch.device("cuda"))
+    budget_bytes_of(10**6, torch.device("cuda"))
 
 
 def test_the_budget_of_the_device_is_all_that_it_has(gpu, monkeypatch):
@@ -168,16 +136,9 @@ def test_the_budget_of_the_device_is_all_that_it_has(gpu, monkeypatch):
         budget_bytes_of("device", torch.device("cuda"))
 
 
-def test_the_planned_device_is_the_models_own_by_default():
-    assert planning_device(nn.Linear(2, 2)) == CPU
-
-
-@pytest.mark.parametrize("model", [nn.Linear(2, 2, device="meta"), nn.Identity()], ids=["meta", "no parameters"])
-def test_a_model_without_real_parameters_is_planned_for_the_cpu(model):
-    assert planning_device(model) == CPU
-
-
-def test_the_planned_device_can_be_chosen():
+def test_the_planned_device_is_the_models_own_the_cpu_without_real_parameters_or_the_chosen_one():
+    models = nn.Linear(2, 2), nn.Linear(2, 2, device="meta"), nn.Identity()
+    assert [planning_device(model) for model in models] == [CPU] * 3
     assert planning_device(nn.Linear(2, 2), "cuda") == torch.device("cuda")
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.examples import for_any
 from velora_fx.devices import FIXED_BYTES, overhead_of, tensors_within, with_overhead
 from velora_fx.peaks import FRAGMENTATION, Peak
 
@@ -35,8 +35,7 @@ def test_a_peak_of_the_device_is_that_of_the_tensors_and_the_overhead() -> None:
     assert peak.breakdown == {"parameters": 25 * GIB}
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.integers(0, 2**40))
+@for_any(st.integers(0, 2**40), examples=200)
 def test_tensors_within_a_budget_fit_it_with_their_overhead_and_one_byte_more_does_not(budget: int) -> None:
     tensors = tensors_within(budget, CUDA)
     needed = [size + sum(overhead_of(CUDA, size).values()) for size in (tensors, tensors + 1)]

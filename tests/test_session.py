@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -12,19 +13,19 @@ from torch import Tensor, nn
 
 import velora_fx
 from tests.helpers.gradients import regions_of, tightest
-from tests.helpers.toys import rows, stack
+from tests.helpers.toys import Of, rows, stack
 from velora_fx.runtime import STATE
 
 BATCH = (rows(16, 64),)
 
 
-def scalar(output: Tensor) -> Tensor:
-    return output
+@cache
+def tight(**options: Any) -> velora_fx.Plan:
+    return tightest(stack(), BATCH, **options)
 
 
 def optimized(**options: Any) -> nn.Module:
-    model = stack()
-    return velora_fx.apply(model, tightest(model, BATCH, optimizer="none", **options), BATCH)
+    return velora_fx.apply(stack(), tight(**options), BATCH)
 
 
 def is_untouched(model: nn.Module) -> bool:
@@ -42,24 +43,18 @@ def test_a_state_of_another_seed_is_planned_for_anew() -> None:
 
 
 def test_a_state_that_recomputes_brings_its_recomputation() -> None:
-    source = stack()
-    with pytest.raises(velora_fx.BudgetError) as raised:
-        velora_fx.plan(source, 1e-9, BATCH, optimizer="none", method="exact")
-    velora_fx.apply(source, raised.value.plan, BATCH)
-    model = velora_fx.optimize(stack(), 4, BATCH, optimizer="none")
+    source, model = optimized(method="exact"), velora_fx.optimize(stack(), 4, BATCH, optimizer="none")
     velora_fx.load_state_dict(model, velora_fx.state_dict(source))
     model(*BATCH).backward()
-    assert velora_fx.plan_of(model).recomputed == raised.value.plan.recomputed != ()
+    assert velora_fx.plan_of(model).recomputed == tight(method="exact").recomputed != ()
 
 
 def test_a_state_made_with_a_filter_loads_without_it() -> None:
     def build() -> nn.Module:
-        torch.manual_seed(0)
         return nn.Sequential(nn.Embedding(64, 32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 64), nn.Linear(64, 64))
 
-    ids, options = (torch.arange(512).reshape(8, 64) % 64,), {"optimizer": "none", "loss_fn": Tensor.sum}
-    source = build()
-    plan = tightest(source, ids, filter_fn=lambda module, name: True, **options)
+    ids, source = (torch.arange(512).reshape(8, 64) % 64,), build()
+    plan = tightest(source, ids, filter_fn=lambda module, name: True, loss_fn=Tensor.sum)
     velora_fx.apply(source, plan, ids)
     model = velora_fx.load_state_dict(build(), velora_fx.state_dict(source))
     model(*ids).sum().backward()
@@ -75,25 +70,19 @@ def test_restore_through_a_wrapper_leaves_nothing(wrap: Any) -> None:
         velora_fx.plan_of(model)
 
 
-class FailsWithoutGradients(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stack = stack()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            raise RuntimeError("trains only")
-        result: Tensor = self.stack(x)
-        return result
+def fails_without_gradients(m: Of, x: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        raise RuntimeError("trains only")
+    return m.stack(x)  # type: ignore[no-any-return]
 
 
 def test_a_calibration_that_fails_leaves_the_model_as_it_was() -> None:
-    model = FailsWithoutGradients().train()
-    plan = tightest(model, BATCH, optimizer="none", projection="batch_mean")
+    model = Of(fails_without_gradients, stack=stack())
+    plan = tightest(model, BATCH, projection="batch_mean")
     with pytest.raises(RuntimeError, match="trains only"):
         velora_fx.apply(model, plan, BATCH)
     assert is_untouched(model)
-    signs = velora_fx.apply(model, tightest(model, BATCH, optimizer="none"), BATCH)
+    signs = velora_fx.apply(model, tightest(model, BATCH), BATCH)
     with pytest.raises(RuntimeError, match="trains only"):
         velora_fx.apply(model, plan, BATCH)
     assert velora_fx.plan_of(signs).projection == "signs" and regions_of(signs)
@@ -110,7 +99,7 @@ def test_a_state_whose_projections_do_not_fit_never_runs() -> None:
 
 
 def test_a_plan_of_a_wider_model_is_refused() -> None:
-    plan, narrow = tightest(stack(width=64), (rows(16, 64, 64),)), tightest(stack(), BATCH)
+    plan, narrow = tightest(stack(width=64), (rows(16, 64, 64),)), tight()
     with pytest.raises(ValueError, match="of width"):
         velora_fx.apply(stack(width=32), replace(plan, inputs=narrow.inputs, baseline=narrow.baseline), BATCH)
 
@@ -155,13 +144,13 @@ def test_a_loss_that_cannot_be_trained_on_is_a_value_error(loss_fn: Any, message
 
 def test_a_plan_with_sizes_of_its_own_is_applied_and_loaded() -> None:
     """A prime width: none of the usual sizes divides it."""
-    x, options = torch.randn(64, 509), {"optimizer": "none", "loss_fn": Tensor.sum}
+    x = torch.randn(64, 509)
 
     def build() -> nn.Module:
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(509, 509), nn.GELU(), nn.Linear(509, 509), nn.GELU(), nn.Linear(509, 4))
 
-    plan = tightest(build(), (x,), sub_token_sizes=(509,), **options)
+    plan = tightest(build(), (x,), sub_token_sizes=(509,), loss_fn=Tensor.sum)
     assert {decision.sub_token_size for decision in plan.compressed} == {509}
     model = velora_fx.apply(build(), plan, (x,))
     model(x).sum().backward()

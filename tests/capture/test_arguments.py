@@ -7,15 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 from transformers.tokenization_utils_base import BatchEncoding
 
+from tests.helpers.examples import for_any
 from velora_fx.capture import example_call, flatten, without_empty_caches
 from velora_fx.capture.arguments import unflatten
 
-few = settings(max_examples=100, deadline=None, derandomize=True)
 Pair = namedtuple("Pair", "first second")
 keys = st.text(max_size=3) | st.integers(0, 5)
 leaves = st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.just("*")
@@ -43,26 +42,18 @@ def shape_of(value: Any) -> Any:
     return type(value)(map(shape_of, value)) if type(value) in (list, tuple) else 0
 
 
-def rebuilt(value: Any) -> Any:
-    structure, found = flatten(value)
-    return unflatten(structure, found)
-
-
-@few
-@given(values)
+@for_any(values)
 def test_what_is_taken_apart_goes_together_again(value):
-    again = rebuilt(value)
+    again = unflatten(*flatten(value))
     assert again == value and repr(again) == repr(value)
 
 
-@few
-@given(values)
+@for_any(values)
 def test_leaves_come_in_order(value):
     assert flatten(value)[1] == leaves_in_order(value)
 
 
-@few
-@given(values, values)
+@for_any(values, values)
 def test_structures_are_equal_exactly_where_only_leaves_differ(one, other):
     def ordered(value: Any) -> str:
         return repr(shape_of(value))  # the order of a dict's keys is part of it
@@ -70,8 +61,7 @@ def test_structures_are_equal_exactly_where_only_leaves_differ(one, other):
     assert (flatten(one)[0] == flatten(other)[0]) == (ordered(one) == ordered(other))
 
 
-@few
-@given(values)
+@for_any(values)
 def test_a_structure_can_be_a_key(value):
     assert {flatten(value)[0]: True}[flatten(value)[0]]
 
@@ -102,24 +92,14 @@ def filled(*layers: int) -> DynamicCache:
     return cache
 
 
-def test_an_empty_cache_is_passed_as_none():
-    args, kwargs = without_empty_caches((filled(), 1), {"past_key_values": filled(), "use_cache": True}, 0)
-    assert args == (None, 1) and kwargs == {"past_key_values": None, "use_cache": True}
-
-
-def test_a_filled_cache_stays():
-    cache = filled(0)
-    args, kwargs = without_empty_caches((cache,), {"past_key_values": cache}, 0)
-    assert args[0] is cache and kwargs["past_key_values"] is cache
-
-
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_a_cache_is_judged_by_the_slot_of_the_layer(layer):
+def test_a_cache_is_passed_as_none_while_the_slot_of_the_layer_is_empty(layer):
     """All layers share one cache; those before this one have filled theirs in this very forward."""
-    ((passed,), _) = without_empty_caches((filled(*range(layer)),), {}, layer)
-    assert passed is None
-    ((passed,), _) = without_empty_caches((filled(*range(layer + 1)),), {}, layer)
-    assert passed is not None
+    empty, cache = filled(*range(layer)), filled(*range(layer + 1))
+    args, kwargs = without_empty_caches((empty, 1), {"past_key_values": empty, "use_cache": True}, layer)
+    assert args == (None, 1) and kwargs == {"past_key_values": None, "use_cache": True}
+    args, kwargs = without_empty_caches((cache,), {"past_key_values": cache}, layer)
+    assert args[0] is cache and kwargs["past_key_values"] is cache
 
 
 def test_everything_else_stays_the_same_object():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,8 +14,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from velora_fx.capture import Checkpoint, inlined_checkpoints, noted_checkpoints
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_what_is_checkpointed_runs_once_and_keeps_what_it_computes(use_reentrant: bool) -> None:
+def calls_of(run: Callable[[Any, Tensor], Tensor]) -> int:
+    """How often the forward and the backward of what it returns call the function that it is given."""
     calls = []
 
     def function(x: Tensor) -> Tensor:
@@ -22,12 +23,21 @@ def test_what_is_checkpointed_runs_once_and_keeps_what_it_computes(use_reentrant
         return x.exp()
 
     x = torch.ones(3, requires_grad=True)
-    with inlined_checkpoints() as opened:
-        y = checkpoint(function, x, use_reentrant=use_reentrant)
-    assert not opened
-    y.sum().backward()
-    assert len(calls) == 1
-    assert x.grad is not None and torch.equal(x.grad, x.exp())
+    run(function, x).sum().backward()
+    assert torch.equal(x.grad, x.exp())
+    return len(calls)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_what_is_checkpointed_runs_once_and_keeps_what_it_computes(use_reentrant: bool) -> None:
+    def inlined(function: Any, x: Tensor) -> Tensor:
+        with inlined_checkpoints() as opened:
+            y: Tensor = checkpoint(function, x, use_reentrant=use_reentrant)
+        assert not opened
+        return y
+
+    assert calls_of(inlined) == 1
+    assert calls_of(partial(checkpoint, use_reentrant=use_reentrant)) == 2  # afterwards it recomputes again
 
 
 def test_inside_the_list_holds_each_open_checkpoint() -> None:
@@ -66,29 +76,7 @@ def test_noted_checkpoints_recompute_as_ever(use_reentrant: bool) -> None:
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_a_checkpoint_is_called_again_for_another_function(use_reentrant: bool) -> None:
-    calls = []
-
-    def function(x: Tensor) -> Tensor:
-        calls.append(x)
-        return x.exp()
-
-    x = torch.ones(3, requires_grad=True)
-    Checkpoint(use_reentrant, True)(function, x).sum().backward()
-    assert len(calls) == 2
-    assert x.grad is not None and torch.equal(x.grad, x.exp())
-
-
-def test_afterwards_checkpoints_recompute_again() -> None:
-    calls = []
-
-    def function(x: Tensor) -> Tensor:
-        calls.append(x)
-        return x.exp()
-
-    with inlined_checkpoints():
-        pass
-    checkpoint(function, torch.ones(3, requires_grad=True), use_reentrant=False).sum().backward()
-    assert len(calls) == 2
+    assert calls_of(Checkpoint(use_reentrant, True)) == 2
 
 
 def test_an_error_inside_leaves_nothing_open() -> None:

@@ -13,25 +13,13 @@ from tests.helpers.toys import Block
 from velora_fx.capture import Call, LiveBlock, flatten, key_of, state_of
 
 
-def _replace_parameter(block: nn.Module) -> None:
-    block.up.weight = nn.Parameter(torch.ones(64, 32))
-
-
 def _tie(block: nn.Module) -> None:
     block.up.bias, block.tied = nn.Parameter(torch.ones(64)), nn.Module()
     block.tied.bias = block.up.bias
 
 
-def _drop_bias(block: nn.Module) -> None:
-    block.up.bias = None
-
-
 def _data_of_another_dtype(block: nn.Module) -> None:
     block.up.weight.data = block.up.weight.data.double()
-
-
-def _replace_forward(block: nn.Module) -> None:
-    block.up.forward = lambda x: x
 
 
 CHANGES: dict[str, Callable[[nn.Module], object]] = {
@@ -46,11 +34,11 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "a shared module": lambda block: block.add_module("more", block.up),
     "a removed module": lambda block: delattr(block, "up"),
     "a module of another class": lambda block: setattr(block.up, "__class__", type("Other", (nn.Linear,), {})),
-    "another parameter": _replace_parameter,
+    "another parameter": lambda block: setattr(block.up, "weight", nn.Parameter(torch.ones(64, 32))),
     "tied parameters": _tie,
-    "no bias": _drop_bias,
+    "no bias": lambda block: setattr(block.up, "bias", None),
     "a buffer": lambda block: block.up.register_buffer("scale", torch.ones(1)),
-    "a replaced forward": _replace_forward,
+    "a replaced forward": lambda block: setattr(block.up, "forward", lambda x: x),
 }
 
 
@@ -67,21 +55,13 @@ def test_a_look_after_a_change_is_a_first_look(change: str) -> None:
     assert list(seen.state) == list(state) and all(seen.state[name] is tensor for name, tensor in state.items())
 
 
-@pytest.mark.parametrize(
-    "hang",
-    [
-        lambda module: module.register_forward_hook(lambda *_: None),
-        lambda module: module.register_forward_pre_hook(lambda *_: None),
-        lambda module: module.register_full_backward_hook(lambda *_: None),
-        lambda module: module.register_full_backward_pre_hook(lambda *_: None),
-    ],
-)
-def test_hooks_inside_are_seen_while_they_hang_and_those_on_the_block_are_not(hang: Callable[..., object]) -> None:
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_inside_are_seen_while_they_hang_and_those_on_the_block_are_not(kind: str) -> None:
     block = Block()
     live = LiveBlock(block)
-    hang(block)
+    getattr(block, f"register_{kind}_hook")(lambda *_: None)
     assert not live.look().has_hooks
-    handle = hang(block.up)
+    handle = getattr(block.up, f"register_{kind}_hook")(lambda *_: None)
     assert live.look().has_hooks
     handle.remove()
     assert not live.look().has_hooks

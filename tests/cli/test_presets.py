@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,8 @@ import transformers
 
 from velora_fx.cli.presets import import_path, load
 
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-}
+LLAMA: dict[str, Any] = {"model_type": "llama", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128}
+LLAMA |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
 BERT: dict[str, Any] = {**LLAMA, "model_type": "bert", "num_labels": 3}
 VIT: dict[str, Any] = {**BERT, "model_type": "vit", "image_size": 32, "patch_size": 8}
 T5: dict[str, Any] = {"model_type": "t5", "vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1}
@@ -34,13 +28,18 @@ def config_file(folder: Path, config: dict[str, Any], *architectures: str) -> st
     return str(path)
 
 
-def module_file(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> str:
-    """A new module with the given functions; returns its name."""
-    name = f"models_of_{folder.name}"
-    (folder / f"{name}.py").write_text(f"import torch\nfrom torch import nn\n{source}\n")
-    monkeypatch.syspath_prepend(folder)
+@pytest.fixture
+def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Makes a new module with the given function `make` and returns the path to import it by."""
+    name = f"models_of_{tmp_path.name}"
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, name, raising=False)
-    return name
+
+    def write(source: str) -> str:
+        (tmp_path / f"{name}.py").write_text(f"import torch\nfrom torch import nn\n{source}\n")
+        return f"{name}:make"
+
+    return write
 
 
 @pytest.mark.parametrize(
@@ -61,10 +60,8 @@ def test_a_text_preset_has_its_published_size_and_no_memory(preset: str, paramet
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     assert all(t.is_meta and t.dtype == torch.bfloat16 for t in model.parameters())
     assert model.training
-    assert {name: (tuple(t.shape), t.device.type) for name, t in inputs.items()} == {
-        "input_ids": ((3, longest), "cpu"),
-        "labels": ((3, longest), "cpu"),
-    }
+    found = {name: (tuple(t.shape), t.device.type) for name, t in inputs.items()}
+    assert found == dict.fromkeys(("input_ids", "labels"), ((3, longest), "cpu"))
 
 
 def test_the_image_preset_takes_images_and_one_label_each() -> None:
@@ -108,41 +105,33 @@ def test_a_folder_with_a_config_is_as_good_as_the_file(tmp_path: Path) -> None:
     assert type(model).__name__ == "LlamaForCausalLM"
 
 
-def test_without_a_length_a_text_is_as_long_as_the_model_takes(tmp_path: Path) -> None:
-    _, inputs = load(config_file(tmp_path, LLAMA))
-    assert inputs["input_ids"].shape == (1, 64)
+@pytest.mark.parametrize(("seq_len", "length"), [(None, 64), (100, 100)])  # rotary positions have no end
+def test_without_a_length_a_text_is_as_long_as_the_model_takes(tmp_path: Path, seq_len: Any, length: int) -> None:
+    _, inputs = load(config_file(tmp_path, LLAMA), seq_len=seq_len)
+    assert inputs["input_ids"].shape == (1, length)
 
 
-def test_rotary_positions_have_no_end(tmp_path: Path) -> None:
-    _, inputs = load(config_file(tmp_path, LLAMA), seq_len=100)
-    assert inputs["input_ids"].shape == (1, 100)
-
-
-def test_a_factory_gives_its_model_and_inputs_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = module_file(tmp_path, monkeypatch, "def make(): return nn.Linear(4, 2), (torch.randn(3, 4),)")
-    model, inputs = load(f"{name}:make")
+def test_a_factory_gives_its_model_and_inputs_as_they_are(factory: Any) -> None:
+    model, inputs = load(factory("def make(): return nn.Linear(4, 2), (torch.randn(3, 4),)"))
     assert model.weight.is_meta and model.weight.dtype == torch.float32
     assert inputs[0].shape == (3, 4)
 
 
-def test_a_dtype_that_is_asked_for_also_holds_for_a_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = module_file(tmp_path, monkeypatch, "def make(): return nn.Linear(4, 2), {'input': torch.randn(3, 4)}")
-    model, inputs = load(f"{name}:make", dtype=torch.bfloat16)
+def test_a_dtype_that_is_asked_for_also_holds_for_a_factory(factory: Any) -> None:
+    path = factory("def make(): return nn.Linear(4, 2), {'input': torch.randn(3, 4)}")
+    model, inputs = load(path, dtype=torch.bfloat16)
     assert model.weight.dtype == inputs["input"].dtype == torch.bfloat16
 
 
-def test_integers_that_a_factory_makes_on_meta_become_real_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    name = module_file(tmp_path, monkeypatch, "def make(): return nn.Embedding(9, 4), {'input': torch.arange(3)}")
-    _, inputs = load(f"{name}:make")
+def test_integers_that_a_factory_makes_on_meta_become_real_ones(factory: Any) -> None:
+    _, inputs = load(factory("def make(): return nn.Embedding(9, 4), {'input': torch.arange(3)}"))
     assert inputs["input"].tolist() == [1, 1, 1]
 
 
-def test_a_factory_of_a_hugging_face_model_needs_no_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_factory_of_a_hugging_face_model_needs_no_inputs(factory: Any) -> None:
     sizes = {name: value for name, value in LLAMA.items() if name != "model_type"}
     source = f"import transformers as t\ndef make(): return t.LlamaForCausalLM(t.LlamaConfig(**{sizes}))"
-    _, inputs = load(f"{module_file(tmp_path, monkeypatch, source)}:make", 2, 12)
+    _, inputs = load(factory(source), 2, 12)
     assert inputs["input_ids"].shape == (2, 12)
 
 
@@ -157,12 +146,9 @@ def test_a_factory_of_a_hugging_face_model_needs_no_inputs(tmp_path: Path, monke
         ("import nothing_of_this_name", "raised ModuleNotFoundError: No module named 'nothing_of_this_name'"),
     ],
 )
-def test_a_factory_that_cannot_be_used_is_an_error_that_says_why(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str
-) -> None:
-    name = module_file(tmp_path, monkeypatch, source)
+def test_a_factory_that_cannot_be_used_is_an_error_that_says_why(factory: Any, source: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        load(f"{name}:make")
+        load(factory(source))
 
 
 @pytest.mark.parametrize(

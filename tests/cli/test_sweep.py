@@ -73,6 +73,8 @@ def test_the_command_line_prints_the_table_or_json_and_exits_by_the_smallest_bud
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--sweep", ""], "--sweep needs budgets"),
+        (["--sweep", ","], "--sweep needs budgets"),
         (["--sweep", "1,x"], "must be a number of GiB"),
         (["--sweep", "1,0"], "must be a positive number"),
         (["--sweep", "1", "--budget-gb", "1"], "leave out --budget-gb"),

@@ -71,6 +71,34 @@ def carriers(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if name.endswith("_carrier")}
 
 
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3, closure: bool = False) -> None:
+    """Steps on the batches of `pair("stack")`; with `closure`, which makes the gradients, by position and by name."""
+    for number in range(steps):
+
+        def gradients(number: int = number) -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_value(model(**pair("stack").batch(number)))
+            loss.backward()
+            return loss
+
+        if closure:
+            loss = optimizer.step(gradients) if number % 2 else optimizer.step(closure=gradients)  # type: ignore[arg-type]
+            assert loss.isfinite()
+        else:
+            gradients()
+            optimizer.step()
+
+
+def assert_trained_alike(train_one: Callable[[nn.Module], None]) -> nn.Module:
+    """Trains copies of both of `pair("stack")`, whose weights are the same then; returns the one with carriers."""
+    ours, reference = pair("stack").copies()
+    for model in (ours, reference):
+        train_one(model)
+    assert_same_weights(ours, reference, pair("stack").dense)
+    assert not any(carrier.any() for carrier in carriers(ours).values())
+    return ours
+
+
 def assert_same_weights(ours: nn.Module, reference: nn.Module, start: nn.Module, tolerance: float = 1e-9) -> None:
     """||a - b|| <= tolerance * max(||b||, 1e-3 ||all of the model||), all finite, compressed weights changed."""
     expected, before = reference.state_dict(), start.state_dict()

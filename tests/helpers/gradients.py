@@ -45,6 +45,14 @@ def step(model: nn.Module, batch: Mapping[str, Any], loss_of: Callable[[Any], Te
     return output
 
 
+def saved_by(run: Callable[[], object]) -> list[Tensor]:
+    """The tensors that autograd saves while it runs, held, so that no address is used twice."""
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        run()
+    return saved
+
+
 def assert_same_gradients(model: nn.Module, reference: nn.Module, names: set[str] | None = None) -> None:
     """||a - b|| <= 1e-5 max(||b||, 1e-3 ||all gradients||) for the named parameters (all by default); None is None."""
     expected = {name: p.grad for name, p in reference.named_parameters()}

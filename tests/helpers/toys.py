@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,6 +13,19 @@ from torch.nn import functional as F
 
 import velora_fx
 from tests.helpers.gradients import tightest
+
+
+class Of(nn.Module):
+    """A forward made of a function of the module and its inputs."""
+
+    def __init__(self, function: Callable[..., Any], **parts: Any) -> None:
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self, *args, **kwargs)
 
 
 class Block(nn.Module):
@@ -89,3 +105,31 @@ def compressed(model: nn.Module, *args: Tensor, **options: Any) -> nn.Module:
     """The model with everything compressed that can be."""
     plan = tightest(model, args, **options)
     return velora_fx.apply(model, plan, args)
+
+
+def compressed_stack(is_compiled: bool = False, has_dropout: bool = True) -> Any:
+    """A `Stack` with everything compressed that can be, by a plan that is made once, of an eager step."""
+    model = stack() if has_dropout else without_dropout(stack())
+    return velora_fx.apply(model, replace(_stack_plan(), compiled=is_compiled), (rows(),))
+
+
+@cache
+def _stack_plan() -> velora_fx.Plan:
+    return tightest(stack(), (rows(),))
+
+
+class Elementwise(torch.optim.Optimizer):
+    """An optimizer as third parties write them: `update` is called with each parameter and the options of its group."""
+
+    def __init__(self, params: Any, lr: float = 1e-3, **options: Any) -> None:
+        super().__init__(params, {"lr": lr, **options})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update(p, group)
+
+    def update(self, p: Any, group: dict[str, Any]) -> None:
+        raise NotImplementedError

@@ -9,21 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.examples import for_any
 from velora_fx.ops import mean_projection, sign_projection
 
-few = settings(max_examples=30, deadline=None, derandomize=True)
 ARGUMENTS = (3, "model.layers.0", "mlp.down_proj.input", 4, 8)
 
 
-@few
-@given(
+@for_any(
     st.integers(-(2**70), 2**70),
     st.integers(1, 9),
     st.integers(1, 130),
     st.sampled_from([torch.float32, torch.float64]),
+    examples=30,
 )
 def test_rows_are_signs_of_unit_length(seed, groups, size, dtype):
     v = sign_projection(seed, "block", "input", groups, size, dtype)
@@ -87,13 +86,13 @@ def test_seeds_regions_and_tensors_have_signs_of_their_own():
     assert not any(torch.equal(one, other) for one, other in combinations(made, 2))
 
 
-@few
-@given(
+@for_any(
     st.lists(st.integers(1, 4), max_size=2),
     st.integers(1, 4),
     st.integers(1, 6),
     st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
     st.integers(0, 99),
+    examples=30,
 )
 def test_the_mean_projection_is_the_normalised_mean_of_all_sub_tokens(lead, groups, size, dtype, seed):
     """The definition of the paper's section 3.2 in float64, in each group's row."""

@@ -2,13 +2,11 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._inductor.utils import fresh_cache, run_and_get_code
@@ -16,16 +14,18 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
-from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.helpers.allocator import peak_of
+from tests.helpers.examples import for_any
+from tests.helpers.gradients import saved_by
 from velora_fx.ops import velora as ops
 from velora_fx.ops.velora import compress, compress_reference, expand, linear
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LOW_PRECISION = (torch.bfloat16, torch.float16)
-few = settings(max_examples=40, deadline=None, derandomize=True)
+ALL = ("x", "weight", "bias", "carrier")
 
 
 def sample(
@@ -84,32 +84,6 @@ def error(a: Tensor, truth: Tensor) -> float:
     return float((a - truth).norm() / truth.norm())
 
 
-def saved_by(forward: Callable[[], object]) -> list[Tensor]:
-    saved: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return saved
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    """The most bytes of the CPU allocator that ``run`` held at once, what it returns included."""
-    run()
-    with profile(profile_memory=True) as profiler:
-        kept = run()
-    del kept
-    current = peak = 0
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        current += event.nbytes()
-        peak = max(peak, current)
-    return peak
-
-
 shapes = st.fixed_dictionaries(
     {
         "lead": st.lists(st.integers(0, 4), max_size=3).map(tuple),
@@ -122,8 +96,7 @@ shapes = st.fixed_dictionaries(
 )
 
 
-@few
-@given(shapes, st.sampled_from(DTYPES), st.booleans(), st.booleans())
+@for_any(shapes, st.sampled_from(DTYPES), st.booleans(), st.booleans(), examples=40)
 def test_forward_is_bit_equal_to_the_dense_linear(shape, dtype, with_bias, x_wants_gradient):
     s = sample(**shape, dtype=dtype)
     s.x.requires_grad_(x_wants_gradient)
@@ -131,27 +104,22 @@ def test_forward_is_bit_equal_to_the_dense_linear(shape, dtype, with_bias, x_wan
     torch.testing.assert_close(velora(s), F.linear(s.x, s.weight, s.bias), rtol=0, atol=0)
 
 
-@few
-@given(shapes)
+def dx_and_dbias(s: SimpleNamespace) -> list[tuple[Tensor, ...]]:
+    """Ours and the dense linear's."""
+    return [gradients(y, s, ("x", "bias")) for y in (velora(s), F.linear(s.x, s.weight, s.bias))]
+
+
+@for_any(shapes, examples=40)
 def test_dx_and_dbias_equal_the_dense_ones(shape):
-    s = sample(**shape, dtype=torch.float64)
-    names = ("x", "bias")
-    dense = gradients(F.linear(s.x, s.weight, s.bias), s, names)
-    for ours, theirs in zip(gradients(velora(s), s, names), dense, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(*dx_and_dbias(sample(**shape, dtype=torch.float64)), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dx_and_dbias_are_bit_equal_on_contiguous_batches(dtype):
-    s = sample(dtype=dtype)
-    names = ("x", "bias")
-    dense = gradients(F.linear(s.x, s.weight, s.bias), s, names)
-    for ours, theirs in zip(gradients(velora(s), s, names), dense, strict=True):
-        assert torch.equal(ours, theirs)
+    torch.testing.assert_close(*dx_and_dbias(sample(dtype=dtype)), rtol=0, atol=0)
 
 
-@few
-@given(shapes)
+@for_any(shapes, examples=40)
 def test_weight_gradient_is_the_one_of_the_rebuilt_input(shape):
     s = sample(**shape, dtype=torch.float64, v_dtype=torch.float64)
     (dweight,) = gradients(velora(s), s, ("weight",))
@@ -173,8 +141,7 @@ def test_a_vector_shared_by_all_groups_works_as_a_broadcast_view():
     assert error(dweight, rebuilt_weight_gradient(s.dy.double(), rebuilt(compress(s.x, s.v), s.v))) < 1e-6
 
 
-@few
-@given(shapes)
+@for_any(shapes, examples=40)
 def test_carrier_gradient_times_v_is_the_weight_gradient(shape):
     s = sample(**shape, dtype=torch.float64, v_dtype=torch.float64)
     dweight, dcarrier = gradients(velora(s), s, ("weight", "carrier"))
@@ -187,8 +154,7 @@ def test_the_carrier_has_no_part_in_the_forward_pass():
     assert torch.equal(velora(s), F.linear(s.x, s.weight, s.bias))
 
 
-@few
-@given(shapes, st.sampled_from(DTYPES), st.sampled_from(DTYPES))
+@for_any(shapes, st.sampled_from(DTYPES), st.sampled_from(DTYPES), examples=40)
 def test_z_is_rounded_once_from_a_float32_or_better_sum(shape, dtype, v_dtype):
     s = sample(**shape, dtype=dtype, v_dtype=v_dtype)
     groups = s.x.detach().double().unflatten(-1, s.v.shape)
@@ -216,8 +182,7 @@ def test_weight_gradient_in_low_precision_is_as_good_as_the_rebuilt_one(dtype, s
 @pytest.mark.parametrize("v_dtype", DTYPES)
 def test_every_gradient_has_the_dtype_and_shape_of_its_input(dtype, v_dtype):
     s = sample(dtype=dtype, v_dtype=v_dtype)
-    names = ("x", "weight", "bias", "carrier")
-    for name, gradient in zip(names, gradients(velora(s), s, names), strict=True):
+    for name, gradient in zip(ALL, gradients(velora(s), s, ALL), strict=True):
         assert (gradient.dtype, gradient.shape) == (dtype, getattr(s, name).shape)
 
 
@@ -242,25 +207,21 @@ def test_z_never_wants_a_gradient():
 )
 def test_only_what_the_wanted_gradients_need_is_saved(wanted, saved_names):
     s = sample()
-    for name in ("x", "weight", "bias", "carrier"):
+    for name in ALL:
         getattr(s, name).requires_grad_(name in wanted)
     s.z = compress(s.x, s.v)
     saved = saved_by(lambda: linear(s.x, s.weight, s.bias, s.z, s.v, s.carrier))
-    storages = {
-        name: getattr(s, name).untyped_storage().data_ptr() for name in ("x", "weight", "bias", "carrier", "z", "v")
-    }
+    storages = {name: getattr(s, name).untyped_storage().data_ptr() for name in (*ALL, "z", "v")}
     assert {t.untyped_storage().data_ptr() for t in saved} == {storages[name] for name in saved_names}
 
 
 def test_checkpointing_gives_the_same_gradients_and_saves_no_z():
     s = sample()
-    names = ("x", "weight", "bias", "carrier")
 
     def run() -> Tensor:
         return checkpoint(lambda x: velora(SimpleNamespace(**{**vars(s), "x": x})), s.x, use_reentrant=False)
 
-    for ours, theirs in zip(gradients(run(), s, names), gradients(velora(s), s, names), strict=True):
-        assert torch.equal(ours, theirs)
+    torch.testing.assert_close(gradients(run(), s, ALL), gradients(velora(s), s, ALL), rtol=0, atol=0)
     assert {t.shape for t in saved_by(run) if t.numel()} == {s.x.shape}
 
 
@@ -270,25 +231,24 @@ def test_compress_on_cpu_makes_only_small_temporaries(dtype, layout):
     s = sample(lead=(4, 1024), groups=32, size=32, dtype=dtype, layout=layout)
     x = s.x.detach()
     z_bytes = 4 * 1024 * 32 * dtype.itemsize
-    assert peak_bytes(lambda: compress(x, s.v)) - z_bytes < 600 * 2**10 < x.nbytes
+    assert peak_of(lambda: compress(x, s.v)) - z_bytes < 600 * 2**10 < x.nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backward_makes_no_second_tensor_of_the_weights_size(dtype):
     s = sample(lead=(64,), groups=32, size=32, out=1024, dtype=dtype)
     y = velora(s)
-    backward = peak_bytes(lambda: torch.autograd.grad(y, s.weight, s.dy, retain_graph=True))
+    backward = peak_of(lambda: torch.autograd.grad(y, s.weight, s.dy))
     assert backward < 1.2 * s.weight.nbytes
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_autocast_computes_what_the_dense_linear_does_and_returns_float32_gradients(dtype):
     s = sample()
-    names = ("x", "weight", "bias", "carrier")
     with torch.autocast("cpu", dtype):
         y, dense = velora(s), F.linear(s.x, s.weight, s.bias)
     assert y.dtype == dtype and torch.equal(y, dense)
-    dx, dweight, dbias, dcarrier = gradients(y, s, names)
+    dx, dweight, dbias, dcarrier = gradients(y, s, ALL)
     assert {g.dtype for g in (dx, dweight, dbias, dcarrier)} == {torch.float32}
     dense_dx, dense_dbias = gradients(dense, s, ("x", "bias"))
     assert torch.equal(dx, dense_dx) and torch.equal(dbias, dense_dbias)
@@ -315,7 +275,7 @@ def test_backward_inside_an_autocast_region_keeps_the_dtypes():
     s = sample()
     y = velora(s)
     with torch.autocast("cpu", torch.bfloat16):
-        assert {g.dtype for g in gradients(y, s, ("x", "weight", "bias", "carrier"))} == {torch.float32}
+        assert {g.dtype for g in gradients(y, s, ALL)} == {torch.float32}
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
@@ -348,12 +308,21 @@ def operators(graph: torch.fx.Graph) -> list[str]:
     return [str(node.target) for node in graph.nodes if node.op == "call_function"]
 
 
+def traced(s: SimpleNamespace, pre_dispatch: bool = False) -> list[str]:
+    gm = make_fx(lambda x: velora(SimpleNamespace(**{**vars(s), "x": x})), pre_dispatch=pre_dispatch)(s.x)
+    return operators(gm.graph)
+
+
 def test_a_traced_graph_holds_one_node_for_each_operator():
     s = sample()
     for tensor in vars(s).values():
         tensor.requires_grad_(False)
-    gm = make_fx(lambda x: velora(SimpleNamespace(**{**vars(s), "x": x})))(s.x)
-    assert operators(gm.graph) == ["velora.compress.default", "velora.linear.default"]
+    assert traced(s) == ["velora.compress.default", "velora.linear.default"]
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_a_graph_traced_from_real_tensors_that_want_gradients_holds_the_operators(pre_dispatch):
+    assert {"velora.compress.default", "velora.linear.default"} <= set(traced(sample(), pre_dispatch))
 
 
 class Block(torch.nn.Module):
@@ -425,7 +394,6 @@ def test_a_compiled_linear_on_a_graph_input_saves_z_and_not_x():
 def test_autocast_works_compiled(dtype):
     torch._dynamo.reset()
     s = sample()
-    names = ("x", "weight", "bias", "carrier")
 
     def step(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor, carrier: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype):
@@ -434,8 +402,8 @@ def test_autocast_works_compiled(dtype):
     arguments = (s.x, s.weight, s.bias, s.v, s.carrier)
     with fresh_cache():
         y = torch.compile(step, fullgraph=True)(*arguments)
-        ours = gradients(y, s, names)
-    for a, b in zip((y, *ours), (eager := step(*arguments), *gradients(eager, s, names)), strict=True):
+        ours = gradients(y, s, ALL)
+    for a, b in zip((y, *ours), (eager := step(*arguments), *gradients(eager, s, ALL)), strict=True):
         assert a.dtype == b.dtype and error(a, b) < torch.finfo(dtype).eps
 
 
@@ -459,30 +427,28 @@ BAD_LINEAR = {
     "x on cpu, .* carrier on meta": lambda s: (s.x, s.weight, None, s.z, s.v, s.carrier.to("meta")),
 }
 BAD_EXPAND = {
-    r"factor \[3, 4\] and v \[5, 2\]": lambda: (torch.randn(3, 4), torch.randn(5, 2)),
-    r"factor of torch.int64, v of": lambda: (torch.ones(3, 4).long(), torch.randn(4, 2)),
-    r"factor of .*, v of torch.int64": lambda: (torch.randn(3, 4), torch.ones(4, 2).long()),
-    r"factor on cpu, v on meta": lambda: (torch.randn(3, 4), torch.randn(4, 2, device="meta")),
+    r"factor \[3, 4\] and v \[5, 2\]": lambda s: (torch.randn(3, 4), torch.randn(5, 2), False),
+    r"factor of torch.int64, v of": lambda s: (torch.ones(3, 4).long(), torch.randn(4, 2), False),
+    r"factor of .*, v of torch.int64": lambda s: (torch.randn(3, 4), torch.ones(4, 2).long(), False),
+    r"factor on cpu, v on meta": lambda s: (torch.randn(3, 4), torch.randn(4, 2, device="meta"), False),
 }
 
 
-@pytest.mark.parametrize("case", BAD_COMPRESS)
-@pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
-def test_compress_refuses(case, fake):
-    s = sample()
-    context = FakeTensorMode(allow_non_fake_inputs=True) if fake else torch.no_grad()
-    with context, pytest.raises(ValueError, match=r"velora::compress: got .*; allowed: "):
-        compress(*BAD_COMPRESS[case](s))
+REFUSED = [
+    *((compress, "compress: got .*", arguments) for arguments in BAD_COMPRESS.values()),
+    *((linear, f"linear: got {message}", arguments) for message, arguments in BAD_LINEAR.items()),
+    *((expand, f"expand: got {message}", arguments) for message, arguments in BAD_EXPAND.items()),
+]
 
 
-@pytest.mark.parametrize("case", BAD_LINEAR)
+@pytest.mark.parametrize(("operator", "message", "arguments"), REFUSED)
 @pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
-def test_linear_refuses_a_bad(case, fake):
+def test_operands_that_do_not_fit_are_refused_with_what_is_allowed(operator, message, arguments, fake):
     s = sample()
     s.z = compress(s.x, s.v)
     context = FakeTensorMode(allow_non_fake_inputs=True) if fake else torch.no_grad()
-    with context, pytest.raises(ValueError, match=f"velora::linear: got {case}.*; allowed: "):
-        linear(*BAD_LINEAR[case](s))
+    with context, pytest.raises(ValueError, match=f"velora::{message}.*; allowed: "):
+        operator(*arguments(s))
 
 
 def test_importing_the_operators_leaves_inductor_unimported():
@@ -498,15 +464,9 @@ def test_the_gradient_of_a_transposed_weight_has_its_layout_and_takes_no_copy():
     """A Conv1D's weight is [D, O]; a gradient in another layout would be copied when it is kept."""
     s = sample(lead=(64,), groups=32, size=32, out=1024)
     stored = s.weight.detach().t().contiguous().requires_grad_()
-    y = linear(s.x, stored.t(), None, compress(s.x, s.v), s.v, None)
-
-    def backward() -> Tensor:
-        stored.grad = None
-        y.backward(s.dy, retain_graph=True)
-        return stored.grad
-
     s.x.requires_grad_(False)
-    peak = peak_bytes(backward)
+    y = linear(s.x, stored.t(), None, compress(s.x, s.v), s.v, None)
+    peak = peak_of(lambda: y.backward(s.dy))
     plain = gradients(velora(s), s, ("weight",))[0]
     assert stored.grad.stride() == stored.stride() and torch.equal(stored.grad, plain.t())
     assert peak < 1.5 * stored.nbytes
@@ -528,14 +488,6 @@ def test_opcheck_accepts_expand():
     torch.library.opcheck(torch.ops.velora.expand.default, (torch.randn(9, 6), torch.randn(6, 8), True))
 
 
-@pytest.mark.parametrize("case", BAD_EXPAND)
-@pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
-def test_expand_refuses(case, fake):
-    context = FakeTensorMode(allow_non_fake_inputs=True) if fake else torch.no_grad()
-    with context, pytest.raises(ValueError, match=f"velora::expand: got {case}.*; allowed: "):
-        expand(*BAD_EXPAND[case](), False)
-
-
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("value", [0.5, 32**-0.5, 0.3, -0.3])
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
@@ -550,9 +502,8 @@ def test_expand_of_infinity_is_infinity_whether_v_is_exact_in_low_precision_or_n
 )
 def test_gradients_of_empty_tensors_are_the_dense_ones(sizes):
     s = sample(**{"lead": (3, 2), "groups": 2, "size": 4, "out": 5, **sizes})
-    names = ("x", "weight", "bias", "carrier")
     y, dense = velora(s), F.linear(s.x, s.weight, s.bias)
-    ours, theirs = gradients(y, s, names), gradients(dense, s, names[:3])
+    ours, theirs = gradients(y, s, ALL), gradients(dense, s, ALL[:3])
     assert torch.equal(y, dense)
     for a, b in zip(ours, theirs, strict=False):
         torch.testing.assert_close(a, b)
@@ -574,20 +525,11 @@ def test_forward_mode_derivatives_are_refused_and_not_zero():
             layer(forward_ad.make_dual(x, x))
 
 
-@pytest.mark.parametrize("pre_dispatch", [False, True])
-def test_a_graph_traced_from_real_tensors_that_want_gradients_holds_the_operators(pre_dispatch):
-    s = sample()
-    gm = make_fx(lambda x: velora(SimpleNamespace(**{**vars(s), "x": x})), pre_dispatch=pre_dispatch)(s.x)
-    assert {"velora.compress.default", "velora.linear.default"} <= set(operators(gm.graph))
-
-
 def test_in_eager_mode_the_functions_are_the_operators_bit_for_bit():
     s = sample()
-    names = ("x", "weight", "bias", "carrier")
     z = torch.ops.velora.compress.default(s.x, s.v)
     operator = torch.ops.velora.linear.default(s.x, s.weight, s.bias, z, s.v, s.carrier)
     y = velora(s)
     assert y.grad_fn is not None and type(y.grad_fn) is not type(operator.grad_fn)
     assert torch.equal(compress(s.x, s.v), z) and torch.equal(y, operator)
-    for ours, theirs in zip(gradients(y, s, names), gradients(operator, s, names), strict=True):
-        assert torch.equal(ours, theirs)
+    torch.testing.assert_close(gradients(y, s, ALL), gradients(operator, s, ALL), rtol=0, atol=0)

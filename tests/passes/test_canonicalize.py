@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from tests.helpers.graph_text import call, gradients, graph_text, operations, prepared, same
+from tests.helpers.toys import Of
 from velora_fx.capture.export import capture
 from velora_fx.passes import run
 from velora_fx.passes.canonicalize import canonicalize
@@ -20,28 +21,19 @@ from velora_fx.passes.canonicalize import canonicalize
 IN, OUT = 6, 10
 
 
-class Product(nn.Module):
+def product(function: Callable[[Of, Tensor], Tensor]) -> Of:
     """A forward made of a function of the module and its input; `w` is [IN, OUT], `weight` is [OUT, IN]."""
-
-    def __init__(self, function: Callable[[Product, Tensor], Tensor]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.w = nn.Parameter(torch.randn(IN, OUT))
-        self.weight = nn.Parameter(torch.randn(OUT, IN))
-        self.bias = nn.Parameter(torch.randn(OUT))
-        self.stack = nn.Parameter(torch.randn(3, IN, OUT))
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self, x)
+    torch.manual_seed(0)
+    shapes = {"w": (IN, OUT), "weight": (OUT, IN), "bias": (OUT,), "stack": (3, IN, OUT)}
+    return Of(function, **{name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()})
 
 
-def gpt2(m: Product, x: Tensor) -> Tensor:
+def gpt2(m: Of, x: Tensor) -> Tensor:
     """transformers.pytorch_utils.Conv1D"""
     return torch.addmm(m.bias, x.view(-1, IN), m.w).view(*x.shape[:-1], OUT)
 
 
-def attention(m: Product, x: Tensor) -> Tensor:
+def attention(m: Of, x: Tensor) -> Tensor:
     q, k = F.linear(x, m.weight), F.linear(x, m.weight)
     return q @ k.transpose(-1, -2)
 
@@ -84,9 +76,9 @@ def rows(*shape: int) -> Tensor:
 
 
 @cache
-def rewritten(name: str, shape: tuple[int, ...]) -> tuple[Product, GraphModule]:
+def rewritten(name: str, shape: tuple[int, ...]) -> tuple[Of, GraphModule]:
     """One of REWRITTEN, and its graph after the passes."""
-    module = Product(REWRITTEN[name])
+    module = product(REWRITTEN[name])
     return module, prepared(module, rows(*shape))
 
 
@@ -95,7 +87,7 @@ def captured(module: nn.Module, x: Tensor) -> GraphModule:
 
 
 def test_addmm_becomes_linear_of_the_transposed_weight():
-    gm = captured(Product(gpt2), rows(2, 5, IN))
+    gm = captured(product(gpt2), rows(2, 5, IN))
     assert_expected_inline(
         graph_text(gm),
         """\
@@ -119,25 +111,8 @@ return (%5)""",
     )
 
 
-def test_matmul_becomes_linear():
-    gm = captured(Product(lambda m, x: x @ m.w), rows(2, 5, IN))
-    assert_expected_inline(
-        graph_text(gm),
-        """\
-%0: f32[s0, s1, 10] = matmul(%x, %w)
-return (%0)""",
-    )
-    assert_expected_inline(
-        graph_text(run(gm, [canonicalize])),
-        """\
-%0 = t(%w)
-%1: f32[s0, s1, 10] = linear(%x, %0)
-return (%1)""",
-    )
-
-
 def test_matmul_with_a_transposed_weight_becomes_linear_of_the_weight_itself():
-    gm = captured(Product(lambda m, x: x @ m.weight.t()), rows(2, 5, IN))
+    gm = captured(product(lambda m, x: x @ m.weight.t()), rows(2, 5, IN))
     assert_expected_inline(
         graph_text(gm),
         """\
@@ -153,31 +128,12 @@ return (%0)""",
     )
 
 
-def test_mm_becomes_linear():
-    gm = captured(Product(lambda m, x: torch.mm(x, m.w)), rows(5, IN))
-    assert_expected_inline(
-        graph_text(run(gm, [canonicalize])),
-        """\
-%0 = t(%w)
-%1: f32[s0, 10] = linear(%x, %0)
-return (%1)""",
-    )
-
-
 @shapes
 @pytest.mark.parametrize("name", REWRITTEN)
-def test_a_product_with_a_parameter_becomes_a_linear(name, shape):
-    _, gm = rewritten(name, shape)
-    found = operations(gm)
-    assert found["linear"] == 1
-    assert not {"addmm", "mm", "matmul"} & set(found)
-
-
-@shapes
-@pytest.mark.parametrize("name", REWRITTEN)
-def test_output_and_gradients_of_a_rewritten_product_are_bit_equal_to_eager(name, shape):
+def test_a_product_with_a_parameter_becomes_a_linear_whose_output_and_gradients_are_bit_equal_to_eager(name, shape):
     module, gm = rewritten(name, shape)
-    x = rows(*shape)
+    found, x = operations(gm), rows(*shape)
+    assert found["linear"] == 1 and not {"addmm", "mm", "matmul"} & set(found)
     ours, eager = call(gm, module, x), module(x)
     assert torch.equal(ours, eager)
     assert same(gradients(ours, module, x), gradients(eager, module, x))
@@ -195,7 +151,7 @@ def test_a_rewritten_product_is_bit_equal_to_eager_under_autocast(name):
 
 @pytest.mark.parametrize("name", KEPT)
 def test_any_other_product_stays_as_it_is(name):
-    gm = captured(Product(KEPT[name]), rows(3, 5, IN))
+    gm = captured(product(KEPT[name]), rows(3, 5, IN))
     before = graph_text(gm)
     assert graph_text(run(gm, [canonicalize])) == before
 
@@ -207,31 +163,31 @@ def test_a_second_run_changes_nothing(name):
     assert graph_text(run(gm, [canonicalize])) == once
 
 
-def used_twice(m: Product, x: Tensor) -> Tensor:
+def used_twice(m: Of, x: Tensor) -> Tensor:
     transposed = m.weight.t()
     return x @ transposed + transposed.sum(0)
 
 
 def test_a_transpose_with_another_user_stays():
-    module, x = Product(used_twice), rows(5, IN)
+    module, x = product(used_twice), rows(5, IN)
     gm = prepared(module, x)
     assert operations(gm) == {"t": 1, "linear": 1, "sum": 1, "add": 1}
     assert torch.equal(call(gm, module, x), module(x))
 
 
-def detached_transpose(m: Product, x: Tensor) -> Tensor:
+def detached_transpose(m: Of, x: Tensor) -> Tensor:
     with torch.no_grad():
         transposed = m.weight.t()
     return x @ transposed + m.bias
 
 
 def test_a_weight_transposed_under_no_grad_gets_no_gradient():
-    module, x = Product(detached_transpose), rows(5, IN)
+    module, x = product(detached_transpose), rows(5, IN)
     ours = gradients(call(prepared(module, x), module, x), module, x)
     assert same(ours, gradients(module(x), module, x))
 
 
 def test_metadata_assertions_are_dropped():
-    gm = captured(Product(lambda m, x: F.linear(x, m.weight).to(torch.float64)), rows(5, IN))
+    gm = captured(product(lambda m, x: F.linear(x, m.weight).to(torch.float64)), rows(5, IN))
     assert operations(gm)["_assert_tensor_metadata"] == 1
     assert operations(run(gm, [canonicalize])) == {"linear": 1, "to": 1}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -11,24 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.helpers.graph_text import graph_text, prepared
+from tests.helpers.toys import Of
 from velora_fx.passes import run
 from velora_fx.passes.find_products import Product, find_products
 from velora_fx.passes.swap import Choice, swap
 
 WIDTH = 8
-
-
-class Of(nn.Module):
-    """A forward made of a function of the module and its inputs."""
-
-    def __init__(self, function: Callable[..., Tensor], **parts: nn.Module | Tensor) -> None:
-        super().__init__()
-        self.function = function
-        for name, part in parts.items():
-            setattr(self, name, part if isinstance(part, nn.Module) else nn.Parameter(part))
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.function(self, *inputs)
 
 
 @torch.library.custom_op("velora_tests::mixed", mutates_args=())
@@ -45,16 +32,16 @@ def linear() -> nn.Linear:
     return nn.Linear(WIDTH, WIDTH)
 
 
-def rows() -> Tensor:
-    return torch.zeros(3, 5, WIDTH)
+def matrix(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape or (WIDTH, WIDTH)))
 
 
-def products(module: nn.Module, *inputs: Any) -> tuple[Product, ...]:
-    return find_products(prepared(module, *(inputs or (rows(),))))
+def products(module: nn.Module) -> tuple[Product, ...]:
+    return find_products(prepared(module, torch.zeros(3, 5, WIDTH)))
 
 
-def consumers(module: nn.Module, *inputs: Any) -> list[str]:
-    return [product.consumer for product in products(module, *inputs)]
+def consumers(module: nn.Module) -> list[str]:
+    return [product.consumer for product in products(module)]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +77,7 @@ def test_a_region_that_is_the_linear_itself_has_no_name():
 
 def test_a_weight_of_another_name_is_named_itself():
     gate = nn.Module()
-    gate.matrix = nn.Parameter(torch.zeros(WIDTH, WIDTH))
+    gate.matrix = matrix()
     assert consumers(Of(lambda m, x: x @ m.gate.matrix, gate=gate)) == ["gate.matrix"]
 
 
@@ -113,8 +100,8 @@ def test_the_parts_of_a_fused_weight_are_uses_of_one_parameter():
     def sliced(m: Of, x: Tensor) -> Tensor:
         return F.linear(x, m.qkv[:WIDTH]) + F.linear(x, m.qkv[WIDTH:])
 
-    assert consumers(Of(apart, qkv=torch.zeros(3 * WIDTH, WIDTH))) == ["qkv", "qkv#2", "qkv#3"]
-    assert consumers(Of(sliced, qkv=torch.zeros(2 * WIDTH, WIDTH))) == ["qkv", "qkv#2"]
+    assert consumers(Of(apart, qkv=matrix(3 * WIDTH, WIDTH))) == ["qkv", "qkv#2", "qkv#3"]
+    assert consumers(Of(sliced, qkv=matrix(2 * WIDTH, WIDTH))) == ["qkv", "qkv#2"]
 
 
 def test_the_weight_may_be_cast_on_the_way():
@@ -122,7 +109,7 @@ def test_the_weight_may_be_cast_on_the_way():
         half = x.to(torch.bfloat16)
         return F.linear(half, m.w.to(torch.bfloat16)) + F.linear(half, m.w.type_as(half))
 
-    assert consumers(Of(cast, w=torch.zeros(WIDTH, WIDTH))) == ["w", "w#2"]
+    assert consumers(Of(cast, w=matrix())) == ["w", "w#2"]
 
 
 NONE: dict[str, Callable[..., Tensor]] = {
@@ -138,7 +125,7 @@ NONE: dict[str, Callable[..., Tensor]] = {
 
 @pytest.mark.parametrize("name", NONE)
 def test_what_is_no_product_with_a_trained_parameter_is_not_listed(name):
-    assert consumers(Of(NONE[name], w=torch.zeros(WIDTH, WIDTH))) == []
+    assert consumers(Of(NONE[name], w=matrix())) == []
 
 
 OTHERS: dict[str, tuple[Callable[..., Tensor], str]] = {
@@ -174,8 +161,7 @@ OTHERS: dict[str, tuple[Callable[..., Tensor], str]] = {
 def test_another_product_is_listed_once_with_its_operation_as_the_reason(name):
     """Its bias is multiplied with nothing and is not listed."""
     function, operation = OTHERS[name]
-    module = Of(function, stack=torch.zeros(3, WIDTH, WIDTH), bias=torch.zeros(WIDTH))
-    (product,) = products(module)
+    (product,) = products(Of(function, stack=matrix(3, WIDTH, WIDTH), bias=matrix(WIDTH)))
     assert (product.consumer, product.parameter) == ("stack", "stack")
     assert product.reason is not None and f" {operation}," in product.reason
 
@@ -184,21 +170,17 @@ def test_a_product_of_two_parameters_lists_both():
     def low_rank(m: Of, x: Tensor) -> Tensor:
         return F.linear(x, torch.einsum("or,rd->od", m.up, m.down))
 
-    assert consumers(Of(low_rank, up=torch.zeros(WIDTH, 2), down=torch.zeros(2, WIDTH))) == ["up", "down"]
+    assert consumers(Of(low_rank, up=matrix(WIDTH, 2), down=matrix(2, WIDTH))) == ["up", "down"]
 
 
 def test_a_linear_has_no_reason_against_it():
-    assert [product.reason for product in products(Of(lambda m, x: x @ m.w, w=torch.zeros(WIDTH, 4)))] == [None]
+    assert [product.reason for product in products(Of(lambda m, x: x @ m.w, w=matrix(WIDTH, 4)))] == [None]
 
 
-def test_the_graph_is_left_as_it_was():
-    gm = prepared(nn.Sequential(linear(), nn.ReLU(), linear()), rows())
+def test_the_graph_is_left_as_it_was_and_compressed_linears_are_not_listed_again():
+    gm = prepared(nn.Sequential(linear(), nn.ReLU(), linear()), torch.zeros(3, 5, WIDTH))
     before = graph_text(gm)
-    find_products(gm)
+    assert [product.consumer for product in find_products(gm)] == ["0", "2"]
     assert graph_text(gm) == before
-
-
-def test_compressed_linears_are_not_listed_again():
-    gm = prepared(nn.Sequential(linear(), nn.ReLU(), linear()), rows())
     run(gm, [lambda graph: swap(graph, {"0": Choice("0.input", 4)})])
     assert [product.consumer for product in find_products(gm)] == ["2"]

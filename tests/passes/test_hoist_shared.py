@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,12 +42,14 @@ def attend(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def hoisted_and_run(module: nn.Module, given: tuple[Tensor, Tensor]) -> tuple[set[str], set[str]]:
-    """The operations taken out and those left, after checking that both together compute what the graph does."""
+    """The operations taken out and those left; both together compute what the graph does, which stays as it is."""
     gm = prepared(module, *given)
+    before = str(gm.graph)
     state = list(state_of(module).values())
     mask = len(state) + 1
     hoisted = hoist_shared(gm, {mask})
     assert hoisted is not None and hoisted.inputs == (mask,)
+    assert str(gm.graph) == before
     made = hoisted.shared(given[1])
     torch.testing.assert_close(hoisted.rest(*state, *given, *made), gm(*state, *given), rtol=0, atol=1e-6)
     return set(operations(hoisted.shared)), set(operations(hoisted.rest))
@@ -72,29 +75,17 @@ def test_operands_of_matrix_products_are_taken_out_too() -> None:
     assert (taken, left) == ({"exp"}, {"linear", "matmul"})
 
 
-def unhoisted(use: Callable[[Tensor, Tensor], Tensor], mask: Tensor, given: set[int] | None = None) -> bool:
-    module = Block(use)
-    return hoist_shared(prepared(module, *inputs(mask)), {3} if given is None else given) is None
+STAYING: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Tensor, set[int]]] = {
+    "what others fuse": (lambda x, mask: x * mask.exp(), torch.randn(LENGTH, WIDTH), {3}),
+    "random numbers, of which each block draws its own": (
+        lambda x, mask: F.dropout(mask, 0.5) @ x, torch.randn(LENGTH, LENGTH), {3},
+    ),
+    "what also depends on the block": (lambda x, mask: (x @ x.mT * mask) @ x, torch.randn(LENGTH, LENGTH), {3}),
+    "what is not shared": (attend, boolean_mask(), set()),
+}  # fmt: skip
 
 
-def test_what_others_fuse_stays() -> None:
-    assert unhoisted(lambda x, mask: x * mask.exp(), torch.randn(LENGTH, WIDTH))
-
-
-def test_random_numbers_stay_for_each_block_draws_its_own() -> None:
-    assert unhoisted(lambda x, mask: F.dropout(mask, 0.5) @ x, torch.randn(LENGTH, LENGTH))
-
-
-def test_what_also_depends_on_the_block_stays() -> None:
-    assert unhoisted(lambda x, mask: (x @ x.mT * mask) @ x, torch.randn(LENGTH, LENGTH))
-
-
-def test_tensors_that_are_not_shared_stay() -> None:
-    assert unhoisted(attend, boolean_mask(), given=set())
-
-
-def test_the_graph_itself_stays_as_it_is() -> None:
-    gm = prepared(Block(attend), *inputs(boolean_mask()))
-    before = str(gm.graph)
-    assert hoist_shared(gm, {3}) is not None
-    assert str(gm.graph) == before
+@pytest.mark.parametrize("name", STAYING)
+def test_there_is_nothing_to_take_out_of(name: str) -> None:
+    use, mask, shared = STAYING[name]
+    assert hoist_shared(prepared(Block(use), *inputs(mask)), shared) is None

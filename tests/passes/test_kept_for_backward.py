@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from functorch.compile import aot_function, make_boxed_func, min_cut_rematerialization_partition
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._functorch.aot_autograd import aot_module_simplified
@@ -16,8 +15,10 @@ from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
+from tests.helpers.examples import for_any
 from tests.helpers.graph_text import prepared
 from tests.helpers.padding import padded_products
+from tests.helpers.toys import Of
 from velora_fx.capture import state_of
 from velora_fx.passes.kept_for_backward import Kept, kept_for_backward
 
@@ -81,17 +82,10 @@ def test_the_width_is_that_of_the_input_also_where_the_weight_is_stored_transpos
     assert found == {number: expected[name] for number, name in enumerate(names)}
 
 
-class Shared(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(WIDTH, HIDDEN, bias=False), nn.Linear(WIDTH, HIDDEN, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.a(x) * self.b(x) + x.cos().sum()
-
-
 def test_one_tensor_may_be_kept_for_several_weights_and_operations() -> None:
-    kept = kept_by(backward_of(Shared(), torch.randn(ROWS, WIDTH).requires_grad_()))
+    a, b = (nn.Linear(WIDTH, HIDDEN, bias=False) for _ in range(2))
+    shared_input = Of(lambda m, x: m.a(x) * m.b(x) + x.cos().sum(), a=a, b=b)
+    kept = kept_by(backward_of(shared_input, torch.randn(ROWS, WIDTH).requires_grad_()))
     (shared,) = [use for use in kept if len(use.gradients_of) > 1]
     assert sorted(shared.gradients_of) == [(0, ROWS, WIDTH), (1, ROWS, WIDTH)]
     assert shared.operations == ("sin",)
@@ -111,7 +105,6 @@ def test_the_graph_stays_as_it_is() -> None:
     assert gm.graph.python_code("self").src == before
 
 
-few = settings(max_examples=25, deadline=None, derandomize=True)
 LEADING, WIDTHS = (2, 3), (4, 6)
 NUM_ROWS = 6
 SHAPES = [(b, a) for a in WIDTHS for b in WIDTHS for _ in range(2)]
@@ -182,8 +175,7 @@ def partitioned(program: list[tuple[str, int]], is_padded: bool = False) -> tupl
 
 
 @pytest.mark.parametrize("is_padded", [False, True])
-@few
-@given(program=steps)
+@for_any(program=steps, examples=25)
 def test_a_tensor_kept_for_gradients_alone_changes_those_and_no_other_output(program, is_padded):
     gm, inputs = partitioned(program, is_padded)
     placeholders = gm.graph.find_nodes(op="placeholder")

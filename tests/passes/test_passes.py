@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,30 +48,23 @@ def doubled(gm: GraphModule, factor: int) -> GraphModule:
     return gm
 
 
-def test_the_failing_pass_and_those_before_it_are_named():
-    with pytest.raises(RuntimeError, match=r"^pass failing failed after unchanged, canonicalize: .*no such node"):
-        run(graph(), [unchanged, canonicalize, failing, unchanged])
+FAILING: dict[str, tuple[list[Any], str]] = {
+    "last": (
+        [unchanged, canonicalize, failing, unchanged],
+        "failing failed after unchanged, canonicalize: .*no such",
+    ),
+    "first": ([failing], "failing failed after no other"),
+    "that breaks the graph": ([unchanged, disorderly, unchanged], "disorderly failed after unchanged"),
+    "with bound arguments": ([partial(swap, choices=None)], "swap failed after no other"),
+}
 
 
-def test_a_first_pass_that_fails_has_none_before_it():
-    with pytest.raises(RuntimeError, match="pass failing failed after no other"):
-        run(graph(), [failing])
-
-
-def test_the_cause_of_a_failure_is_kept():
-    with pytest.raises(RuntimeError) as caught:
-        run(graph(), [failing])
-    assert isinstance(caught.value.__cause__, KeyError)
-
-
-def test_a_pass_that_breaks_the_graph_is_named():
-    with pytest.raises(RuntimeError, match="pass disorderly failed after unchanged"):
-        run(graph(), [unchanged, disorderly, unchanged])
-
-
-def test_a_pass_with_bound_arguments_has_the_name_of_its_function():
-    with pytest.raises(RuntimeError, match="pass swap failed after no other"):
-        run(graph(), [partial(swap, choices=None)])
+@pytest.mark.parametrize("which", FAILING)
+def test_a_pass_that_fails_is_named_with_those_before_it(which):
+    passes, message = FAILING[which]
+    with pytest.raises(RuntimeError, match=f"^pass {message}") as caught:
+        run(graph(), passes)
+    assert isinstance(caught.value.__cause__, KeyError) == (failing in passes)
 
 
 def test_the_passes_run_in_order_and_the_code_is_that_of_the_last_graph():

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
+from tests.helpers.gradients import saved_by
 from tests.helpers.graph_text import graph_text, operations, prepared
+from tests.helpers.toys import Of
 from velora_fx.capture import state_of
 from velora_fx.passes import run
 from velora_fx.passes.swap import Carrier, Choice, swap
@@ -34,7 +36,7 @@ class Mlp(nn.Module):
 DOWN = {"down": Choice("down.input", SIZE)}
 BOTH = {"gate": Choice("gate.input", SIZE), "up": Choice("gate.input", SIZE)}
 ALL = {**BOTH, **DOWN}
-WIDTHS = {"gate.input": WIDTH, "up.input": WIDTH, "down.input": 12, "0.input": WIDTH}
+WIDTHS = {"gate.input": WIDTH, "up.input": WIDTH, "down.input": 12, "a.input": WIDTH}
 
 
 def rows(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -43,6 +45,10 @@ def rows(dtype: torch.dtype = torch.float32) -> Tensor:
 
 def swapped(module: nn.Module, choices: Mapping[str, Choice], x: Tensor | None = None) -> GraphModule:
     return run(prepared(module, rows() if x is None else x), [partial(swap, choices=choices)])
+
+
+def inputs_of(gm: GraphModule) -> list[str]:
+    return [node.name for node in gm.graph.nodes if node.op == "placeholder"]
 
 
 def projections(choices: Mapping[str, Choice], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -99,38 +105,24 @@ def test_a_carrier_is_given_to_the_linear_and_transposed_where_its_weight_is():
     carrier = Carrier("down.weight", 1)
     gm = swapped(Mlp(), {"down": Choice("down.input", SIZE, carrier)})
     assert carrier.name == "down.weight_carrier"
-    assert [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"][-2:] == [
-        "carrier_0",
-        "projection_0",
-    ]
+    assert inputs_of(gm)[-2:] == ["carrier_0", "projection_0"]
     assert "velora.linear(%4, %down.weight, %down.bias, %5, %projection_0, %carrier_0)" in graph_text(gm)
     turned = graph_text(swapped(Mlp(), {"down": Choice("down.input", SIZE, Carrier("down.weight", 0))}))
     assert "= t(%carrier_0)" in turned and "%projection_0, %carrier_0)" not in turned
 
 
-def test_linears_of_one_input_share_its_projections():
-    found = operations(swapped(Mlp(), BOTH))
-    assert (found["velora.compress"], found["velora.linear"], found["linear"]) == (1, 2, 1)
-
-
-def test_one_of_the_linears_of_an_input_can_be_left_dense():
-    found = operations(swapped(Mlp(), {"up": Choice("up.input", SIZE)}))
-    assert (found["velora.compress"], found["velora.linear"], found["linear"]) == (1, 1, 2)
+@pytest.mark.parametrize(("choices", "num_linears"), [(BOTH, 2), ({"up": Choice("up.input", SIZE)}, 1)])
+def test_linears_of_one_input_share_its_projections_and_one_of_them_can_be_left_dense(choices, num_linears):
+    found = operations(swapped(Mlp(), choices))
+    assert (found["velora.compress"], found["velora.linear"], found["linear"]) == (1, num_linears, 3 - num_linears)
 
 
 def test_inputs_of_one_name_that_are_different_tensors_get_projections_each():
     """The second use of a linear, or q, k and v under autocast."""
 
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.add_module("0", nn.Linear(WIDTH, WIDTH))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.get_submodule("0")(self.get_submodule("0")(x).tanh())
-
-    choices = {"0": Choice("0.input", SIZE), "0#2": Choice("0.input", SIZE)}
-    gm = swapped(Twice(), choices)
+    twice = Of(lambda m, x: m.a(m.a(x).tanh()), a=nn.Linear(WIDTH, WIDTH))
+    choices = {"a": Choice("a.input", SIZE), "a#2": Choice("a.input", SIZE)}
+    gm = swapped(twice, choices)
     assert operations(gm)["velora.compress"] == 2
     assert len(projections(choices)) == len([n for n in gm.graph.nodes if n.name.startswith("projection")]) == 1
 
@@ -149,15 +141,8 @@ def test_a_consumer_that_the_graph_does_not_have_is_ignored():
 
 
 def test_a_product_that_is_no_linear_is_ignored():
-    class Stack(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = nn.Parameter(torch.zeros(3, WIDTH, WIDTH))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.bmm(x, self.w)
-
-    assert operations(swapped(Stack(), {"w": Choice("down.input", SIZE)})) == {"bmm": 1}
+    stack = Of(lambda m, x: torch.bmm(x, m.w), w=nn.Parameter(torch.zeros(3, WIDTH, WIDTH)))
+    assert operations(swapped(stack, {"w": Choice("down.input", SIZE)})) == {"bmm": 1}
 
 
 def test_without_choices_the_graph_stays_as_it_is():
@@ -166,17 +151,18 @@ def test_without_choices_the_graph_stays_as_it_is():
     assert graph_text(run(gm, [partial(swap, choices={})])) == before
 
 
-@pytest.mark.parametrize("choices", [DOWN, BOTH, ALL], ids=["one", "two of one input", "all"])
+each_choice = pytest.mark.parametrize("choices", [DOWN, BOTH, ALL], ids=["one", "two of one input", "all"])
+
+
+@each_choice
 def test_a_second_run_changes_nothing(choices):
     gm = swapped(Mlp(), choices)
-    once = graph_text(gm)
-    inputs = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+    once = graph_text(gm), inputs_of(gm)
     run(gm, [partial(swap, choices=choices)])
-    assert graph_text(gm) == once
-    assert [node.name for node in gm.graph.nodes if node.op == "placeholder"] == inputs
+    assert (graph_text(gm), inputs_of(gm)) == once
 
 
-@pytest.mark.parametrize("choices", [DOWN, BOTH, ALL], ids=["one", "two of one input", "all"])
+@each_choice
 def test_the_output_and_all_other_gradients_are_bit_equal_to_eager(choices):
     module, x = Mlp(), rows()
     ours, eager = result(swapped(module, choices), module, choices, x), module(x)
@@ -218,14 +204,7 @@ def test_a_frozen_weight_gets_no_gradient_and_lets_the_inputs_through():
 def test_nothing_of_the_input_is_kept_for_backward(choices, is_kept):
     module, x = Mlp(), rows()
     gm = swapped(module, choices)
-    kept: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result(gm, module, choices, x)
+    kept = saved_by(lambda: result(gm, module, choices, x))
     # tanh keeps its result, which is the input of gate and up; the product that down reads is kept by nobody.
     product = F.silu(module.gate(x.tanh())) * module.up(x.tanh())
     same = [t for t in kept if t.numel() == product.numel() and torch.equal(t.reshape(product.shape), product)]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
 import velora_fx
-from tests.helpers.factored import carriers, pair
+from tests.helpers.factored import carriers, pair, train
 from tests.helpers.gradients import tightest
-from tests.helpers.toys import rows, stack
+from tests.helpers.toys import Of, rows, stack
 
 
 def test_each_compressed_weight_has_one_under_its_name_m_times_smaller_and_zero():
@@ -73,22 +74,14 @@ def test_a_failed_optimize_leaves_the_carriers_and_their_optimizer_as_they_were(
     assert all(carrier is before[name] for name, carrier in carriers(model).items()) and before
     bad = replace(velora_fx.plan_of(model), seed=1)
     model.blocks[1].up.register_buffer("weight_carrier_2", torch.zeros(1))
-    with pytest.raises(RuntimeError), _broken_install():
+    broken = mock.patch("velora_fx.session.install_checkpointing", side_effect=RuntimeError("no room"))
+    with pytest.raises(RuntimeError, match="no room"), broken:
         velora_fx.apply(model, bad, pair("stack").batch(0))
     assert all(carrier is before[name] for name, carrier in carriers(model).items())
-    model(**pair("stack").batch(0)).backward()
-    optimizer.step()
-    other = torch.optim.AdamW(reference.parameters())
-    reference(**pair("stack").batch(0)).backward()
-    other.step()
+    train(model, optimizer, 1)
+    train(reference, torch.optim.AdamW(reference.parameters()), 1)
     for name, value in reference.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-12, atol=1e-12)
-
-
-def _broken_install():
-    from unittest import mock
-
-    return mock.patch("velora_fx.session.install_checkpointing", side_effect=RuntimeError("no room"))
 
 
 def test_a_name_that_is_taken_is_refused_and_the_model_left_alone():
@@ -109,25 +102,18 @@ def test_the_names_sort_into_the_groups_of_their_weights():
     assert set(carriers(model)) <= set(decayed)
 
 
-class Shared(nn.Module):
+def sharing(m: Of, x: torch.Tensor) -> torch.Tensor:
     """Two linears with one weight, one that takes half of a weight, and one whose weight is used twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.c, self.d = (nn.Linear(16, 16, bias=False) for _ in range(4))
-        self.e = nn.Linear(16, 16, bias=False)
-        self.b.weight = self.a.weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.b(torch.tanh(self.a(torch.tanh(x))))
-        x = torch.nn.functional.linear(torch.tanh(x), self.c.weight[:8]).repeat(1, 2)
-        x = self.d(torch.sigmoid(self.d(torch.tanh(x)))) + self.d.weight.sum()
-        return self.e(torch.tanh(x)).square().mean()
+    x = m.b(torch.tanh(m.a(torch.tanh(x))))
+    x = nn.functional.linear(torch.tanh(x), m.c.weight[:8]).repeat(1, 2)
+    x = m.d(torch.sigmoid(m.d(torch.tanh(x)))) + m.d.weight.sum()
+    return m.e(torch.tanh(x)).square().mean()
 
 
 def test_weights_without_a_factor_of_their_own_stay_dense_and_the_plan_says_why():
-    torch.manual_seed(0)
-    plan = tightest(Shared(), (torch.randn(8, 16),), gradients="factored")
+    model = Of(sharing, **{name: nn.Linear(16, 16, bias=False) for name in "abcde"})
+    model.b.weight = model.a.weight
+    plan = tightest(model, (torch.randn(8, 16),), gradients="factored")
     assert [name for decision in plan.compressed for name in decision.consumers] == ["e"]
     reasons = {skipped.module.partition("#")[0]: skipped.reason for skipped in plan.skipped}
     assert "shared" in reasons["a"] and "part of its weight" in reasons["c"] and "part of its weight" in reasons["d"]

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import velora_fx
 from tests.end_to_end.test_memory import batch_of, bert, gpt2, llama, measured_peak
 from tests.helpers.gradients import assert_same_gradients, step, tightest
-from tests.helpers.toys import Block, Stack, rows, stack, without_dropout
+from tests.helpers.toys import Block, Of, Stack, rows, stack, without_dropout
 from tests.helpers.zoo import loss_of
 from velora_fx.runtime import Checkpointed, Notices, install_checkpointing
 
@@ -35,15 +35,11 @@ def exactly(model: nn.Module, batch: Any, share: float, **options: Any) -> velor
     return velora_fx.plan_of(model)
 
 
+SLOW = ((llama, 0.0), (llama, 0.9), (gpt2, 0.5), (bert, 0.5))
+
+
 @pytest.mark.parametrize(
-    ("make", "share"),
-    [
-        (llama, 0.5),
-        *(
-            pytest.param(make, share, marks=pytest.mark.slow)
-            for make, share in ((llama, 0.0), (llama, 0.9), (gpt2, 0.5), (bert, 0.5))
-        ),
-    ],
+    ("make", "share"), [(llama, 0.5), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 )
 def test_exact_plans_fit_the_budget_on_the_real_allocator_and_change_no_gradient(make: Any, share: float) -> None:
     torch.manual_seed(0)
@@ -93,9 +89,17 @@ def test_eval_and_no_grad_run_the_original_forward() -> None:
     assert len(calls) == 4  # once more in backward
 
 
-def test_restore_copies_and_pickles() -> None:
-    model, x = stack(width=64), (rows(64, 64, 64),)
-    plan = exactly(model, x, 0.5, optimizer="sgd")
+X = (rows(64, 64, 64),)
+
+
+@pytest.fixture(scope="module")
+def plan() -> velora_fx.Plan:
+    """Recomputes blocks of a stack."""
+    return exactly(stack(width=64), X, 0.5, optimizer="sgd")
+
+
+def test_restore_copies_and_pickles(plan: velora_fx.Plan) -> None:
+    model = velora_fx.apply(stack(width=64), plan, X)
     copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
     names = [block.region for block in plan.recomputed]
     assert all(isinstance(vars(copied.get_submodule(name))["forward"], Checkpointed) for name in names)
@@ -104,17 +108,13 @@ def test_restore_copies_and_pickles() -> None:
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_a_plan_that_recomputes_can_be_saved_and_applied_to_another_model() -> None:
-    x = (rows(64, 64, 64),)
-    plan = exactly(stack(width=64), x, 0.5, optimizer="sgd")
-    model = stack(width=64)
-    velora_fx.apply(model, velora_fx.Plan.from_json(plan.to_json()), x)
-    assert [name for name, module in model.named_modules() if "forward" in vars(module)] == [
-        block.region for block in plan.recomputed
-    ]
+def test_a_plan_that_recomputes_can_be_saved_and_applied_to_another_model(plan: velora_fx.Plan) -> None:
+    model = velora_fx.apply(stack(width=64), velora_fx.Plan.from_json(plan.to_json()), X)
+    recomputed = [name for name, module in model.named_modules() if "forward" in vars(module)]
+    assert recomputed == [block.region for block in plan.recomputed] != []
     other = velora_fx.Plan.from_json(plan.to_json().replace("blocks.0", "blocks.9"))
     with pytest.raises(ValueError, match=r"recomputes blocks\.9, which is no block of this model"):
-        velora_fx.apply(stack(width=64), other, x)
+        velora_fx.apply(stack(width=64), other, X)
 
 
 class Counting(Block):
@@ -132,18 +132,12 @@ class Counting(Block):
 def test_a_block_that_changes_its_buffers_is_never_run_twice() -> None:
     model = stack(width=64)
     model.blocks[1] = Counting()
-    with pytest.raises(velora_fx.BudgetError) as raised:
-        velora_fx.plan(model, 1e-9, (rows(64, 64, 64),), method="exact", optimizer="sgd")
-    assert [block.region for block in raised.value.plan.recomputed] == ["blocks.0", "blocks.2"]
+    tight = tightest(model, X, method="exact")
+    assert [block.region for block in tight.recomputed] == ["blocks.0", "blocks.2"]
 
 
 def test_a_model_without_blocks_that_fits_no_budget_exactly_says_so() -> None:
-    class Drawing(Stack):
-        def forward(self, x: Tensor, mask: Tensor | None = None, cache: Any = None) -> Tensor:
-            return self.head(x).square().mean()
-
-    model = Drawing()
-    model.blocks = nn.ModuleList()
+    model = Of(lambda m, x: m.head(x).square().mean(), head=nn.Linear(32, 4))
     with pytest.raises(velora_fx.BudgetError, match="no plan fits"):
         velora_fx.plan(model, 1e-9, (rows(),), method="exact")
 
@@ -170,9 +164,7 @@ def test_both_compression_and_recompute_fit_the_budget(share: float, recomputes:
 def test_a_plan_that_compresses_says_what_exact_recompute_would_do() -> None:
     model = llama().train()
     batch = batch_of(model)
-    with pytest.raises(velora_fx.BudgetError) as raised:
-        velora_fx.plan(model, 1e-9, batch, method="compress")
-    tight = raised.value.plan
+    tight = tightest(model, batch, optimizer="adamw")
     budget = (tight.planned.peak_bytes + tight.baseline.peak_bytes) / 2
     plan = velora_fx.plan(model, budget / 2**30, batch, method="compress")
     exact = velora_fx.plan(model, budget / 2**30, batch, method="exact")

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import velora_fx
-from tests.helpers.factored import assert_same_weights, carriers, loss_value, pair
+from tests.helpers.factored import CASES, assert_same_weights, carriers, loss_value, pair
 from tests.helpers.gradients import regions_of
 from tests.helpers.toys import rows, stack
-from tests.helpers.zoo import ZOO
 
 
-def one_step(model: nn.Module, *args: Any, context: Any = contextlib.nullcontext, **kwargs: Any) -> None:
+@pytest.fixture
+def model() -> nn.Module:
+    return pair("stack").copies()[0]
+
+
+def one_step(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     optimizer = torch.optim.AdamW(model.parameters())
-    with context():
-        loss = loss_value(model(*args, **kwargs))
-    loss.backward()
+    loss_value(model(*args, **kwargs)).backward()
     optimizer.step()
+
+
+def assert_trained(model: nn.Module, before: dict[str, Tensor]) -> None:
+    """Every weight with a carrier has changed."""
+    state = model.state_dict()
+    for weight in (name.removesuffix("_carrier") for name in carriers(model)):
+        assert not torch.equal(state[weight], before[weight]), weight
 
 
 @pytest.mark.parametrize(
@@ -38,12 +46,9 @@ def test_calls_of_other_sizes_and_with_a_mask_are_trained(args: tuple[Any, ...])
 
 
 def test_a_model_in_eval_mode_is_trained_all_the_same() -> None:
-    ours, _ = pair("stack").copies()
-    before = copy.deepcopy(ours)
-    ours.eval()
+    ours, before = pair("stack").copies()[0].eval(), pair("stack").copies()[0]
     one_step(ours, rows().double())
-    weights = [name.removesuffix("_carrier") for name in carriers(ours)]
-    assert all(not torch.equal(ours.get_parameter(name), before.get_parameter(name)) for name in weights)
+    assert_trained(ours, before.state_dict())
     with torch.no_grad():
         assert torch.equal(before.eval()(rows().double()), velora_fx.restore(before)(rows().double()))
 
@@ -54,15 +59,11 @@ def test_under_autocast_gradients_are_those_of_the_dense_plan() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = model(rows())
         loss.backward()
-    directions = {
-        f"{region.name}.{carrier.name}".lstrip("."): v
-        for region in regions_of(ours)
-        for carrier, v in region.directions.items()
-    }
+    found = {(r.name, c.name): v for r in regions_of(ours) for c, v in r.directions.items()}
+    directions = {f"{region}.{carrier}".lstrip("."): v for (region, carrier), v in found.items()}
     for name, carrier in carriers(ours).items():
-        v = directions[name]
         dense = reference.get_parameter(name.removesuffix("_carrier")).grad
-        factored = (carrier.grad.unsqueeze(-1) * v).flatten(1)
+        factored = (carrier.grad.unsqueeze(-1) * directions[name]).flatten(1)
         assert (factored - dense).norm() <= 0.01 * dense.norm()
 
 
@@ -82,8 +83,7 @@ def refused(model: nn.Module, call: Callable[[], Any], reason: str) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_hooks_on_inner_modules_are_refused_in_training_and_called_without_gradients() -> None:
-    model, _ = pair("stack").copies()
+def test_hooks_on_inner_modules_are_refused_in_training_and_called_without_gradients(model: nn.Module) -> None:
     seen: list[int] = []
     model.blocks[0].up.register_forward_hook(lambda *_: seen.append(1))
     refused(model, lambda: model(rows().double()), "up in it has hooks")
@@ -92,15 +92,12 @@ def test_hooks_on_inner_modules_are_refused_in_training_and_called_without_gradi
     assert seen == [1]
 
 
-def test_torch_func_is_refused() -> None:
-    model, _ = pair("stack").copies()
+def test_torch_func_is_refused(model: nn.Module) -> None:
     x = rows().double()
     refused(model, lambda: torch.func.grad(lambda x: model(x))(x), "inside of torch.func")
 
 
-def test_a_call_that_cannot_be_captured_is_refused() -> None:
-    model, _ = pair("stack").copies()
-
+def test_a_call_that_cannot_be_captured_is_refused(model: nn.Module) -> None:
     class Cache:
         def update(self, h: torch.Tensor) -> torch.Tensor:
             return h
@@ -108,8 +105,7 @@ def test_a_call_that_cannot_be_captured_is_refused() -> None:
     refused(model, lambda: model(rows().double(), None, Cache()), "takes an argument of type Cache")
 
 
-def test_too_many_kinds_of_calls_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _ = pair("stack").copies()
+def test_too_many_kinds_of_calls_are_refused(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("velora_fx.runtime.region.MAX_GRAPHS", 1)
     refused(model, lambda: model(rows().double(), torch.ones(4, 8, 1, dtype=torch.float64)), "in a new way")
 
@@ -118,9 +114,7 @@ def test_after_to_bfloat16_the_model_is_still_trained() -> None:
     model = pair("stack").copies()[0].to(torch.bfloat16)
     before = copy.deepcopy(model.state_dict())
     one_step(model, rows().bfloat16())
-    for name in carriers(model):
-        weight = name.removesuffix("_carrier")
-        assert not torch.equal(model.state_dict()[weight], before[weight]), weight
+    assert_trained(model, before)
     assert all(carrier.dtype == torch.bfloat16 and not carrier.any() for carrier in carriers(model).values())
 
 
@@ -135,7 +129,7 @@ def test_without_example_inputs_factored_gradients_are_refused() -> None:
 
 @pytest.mark.slow
 def test_recomputed_blocks_have_factored_gradients_too() -> None:
-    case = next(case for case in ZOO if case.name == "llama")
+    case = CASES["llama"]
     model, batch = case.build(), case.batch(32, 48)
     with pytest.raises(velora_fx.BudgetError) as caught:
         velora_fx.plan(model, 1e-9, batch, gradients="factored", method="auto")
@@ -149,8 +143,7 @@ def test_recomputed_blocks_have_factored_gradients_too() -> None:
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_compiled_for_another_kind_of_call_it_is_refused() -> None:
+def test_compiled_for_another_kind_of_call_it_is_refused(model: nn.Module) -> None:
     torch._dynamo.reset()
-    model, _ = pair("stack").copies()
     compiled = torch.compile(model, backend="aot_eager")
     refused(model, lambda: compiled(rows().double(), torch.ones(4, 8, 1, dtype=torch.float64)), "in a new way")

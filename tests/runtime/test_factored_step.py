@@ -13,13 +13,12 @@ from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 import velora_fx
-from tests.helpers.factored import assert_same_weights, carriers, pair
+from tests.helpers.factored import assert_same_weights, assert_trained_alike, carriers, pair, train
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, number: int = 0, **options: Any) -> None:
-    optimizer.zero_grad()
-    model(**pair("stack").batch(number)).backward()
-    optimizer.step(**options)
+@pytest.fixture
+def model() -> nn.Module:
+    return pair("stack").copies()[0]
 
 
 def test_an_optimizer_made_before_is_refused_at_its_first_step_with_the_line_to_move():
@@ -34,8 +33,7 @@ def test_an_optimizer_made_before_is_refused_at_its_first_step_with_the_line_to_
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_optimizers_of_other_parameters_are_left_alone():
-    model, _ = pair("stack").copies()
+def test_optimizers_of_other_parameters_are_left_alone(model):
     norms = [p for name, p in model.named_parameters() if "norm" in name]
     other = nn.Linear(3, 3)
     for optimizer in (torch.optim.Adafactor(norms), torch.optim.LBFGS(other.parameters())):
@@ -44,8 +42,7 @@ def test_optimizers_of_other_parameters_are_left_alone():
 
 
 def test_two_optimizers_may_share_the_weights():
-    ours, reference = pair("stack").copies()
-    for model in (ours, reference):
+    def train_one(model: nn.Module) -> None:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         first = [p for name, p in trained.items() if "up" in name]
         rest = [p for name, p in trained.items() if "up" not in name]
@@ -55,29 +52,17 @@ def test_two_optimizers_may_share_the_weights():
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-    assert_same_weights(ours, reference, pair("stack").dense)
+
+    assert_trained_alike(train_one)
 
 
 def test_a_closure_may_make_the_gradients():
-    ours, reference = pair("stack").copies()
-    for model in (ours, reference):
-        optimizer = torch.optim.AdamW(model.parameters())
-        for number in range(3):
-
-            def closure(model: nn.Module = model, optimizer: Any = optimizer, number: int = number) -> torch.Tensor:
-                optimizer.zero_grad()
-                loss = model(**pair("stack").batch(number))
-                loss.backward()
-                return loss
-
-            assert optimizer.step(closure).isfinite() if number % 2 else optimizer.step(closure=closure).isfinite()
-    assert_same_weights(ours, reference, pair("stack").dense)
+    assert_trained_alike(lambda model: train(model, torch.optim.AdamW(model.parameters()), closure=True))
 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_that_the_grad_scaler_skips_changes_nothing_and_the_others_are_exact(fused):
-    ours, reference = pair("stack").copies()
-    for model in (ours, reference):
+    def train_one(model: nn.Module) -> None:
         optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.5, fused=fused)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
         for number in range(4):
@@ -89,7 +74,8 @@ def test_a_step_that_the_grad_scaler_skips_changes_nothing_and_the_others_are_ex
             scaler.update()
             changed = [not torch.equal(value, before[name]) for name, value in model.state_dict().items()]
             assert any(changed) == (number != 2)
-    assert_same_weights(ours, reference, pair("stack").dense)
+
+    assert_trained_alike(train_one)
 
 
 class Outer(torch.optim.Optimizer):
@@ -103,8 +89,7 @@ class Outer(torch.optim.Optimizer):
         return self.inner.step()
 
 
-def test_an_optimizer_around_another_one_is_refused_and_neither_steps():
-    model, _ = pair("stack").copies()
+def test_an_optimizer_around_another_one_is_refused_and_neither_steps(model):
     optimizer = Outer(p for p in model.parameters() if p.requires_grad)
     model(**pair("stack").batch(0)).backward()
     before = copy.deepcopy(model.state_dict())
@@ -114,8 +99,7 @@ def test_an_optimizer_around_another_one_is_refused_and_neither_steps():
     assert not optimizer.inner.state and not any(carrier.any() for carrier in carriers(model).values())
 
 
-def test_a_weight_whose_carrier_has_no_gradient_is_left_alone():
-    model, _ = pair("stack").copies()
+def test_a_weight_whose_carrier_has_no_gradient_is_left_alone(model):
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.5)
     name, carrier = next(iter(carriers(model).items()))
     before = model.get_parameter(name.removesuffix("_carrier")).detach().clone()
@@ -125,8 +109,7 @@ def test_a_weight_whose_carrier_has_no_gradient_is_left_alone():
     assert torch.equal(model.get_parameter(name.removesuffix("_carrier")), before)
 
 
-def test_a_gradient_of_the_weight_itself_is_refused():
-    model, _ = pair("stack").copies()
+def test_a_gradient_of_the_weight_itself_is_refused(model):
     optimizer = torch.optim.AdamW(model.parameters())
     weight = model.get_parameter(next(iter(carriers(model))).removesuffix("_carrier"))
     model(**pair("stack").batch(0)).backward()
@@ -165,7 +148,6 @@ def test_a_copy_trains_by_itself(copied):
     twin = copied(ours)
     untouched = copy.deepcopy(ours.state_dict())
     for model in (twin, reference):
-        optimizer = torch.optim.AdamW(model.parameters())
-        step(model, optimizer)
+        train(model, torch.optim.AdamW(model.parameters()), 1)
     assert_same_weights(twin, reference, pair("stack").dense)
     assert all(torch.equal(value, untouched[name]) for name, value in ours.state_dict().items())

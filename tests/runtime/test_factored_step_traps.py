@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,9 +11,9 @@ import torch
 from torch import nn
 
 import velora_fx
-from tests.helpers.factored import assert_same_weights, carriers, loss_value, pair
+from tests.helpers.factored import assert_same_weights, assert_trained_alike, carriers, loss_value, pair, train
 from tests.helpers.gradients import tightest
-from tests.helpers.toys import rows
+from tests.helpers.toys import Elementwise, Of, rows
 from velora_fx.capture import carriers_of
 
 
@@ -25,28 +24,9 @@ class Sub(torch.optim.AdamW):
         return super().step(closure)
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3, closure: bool = False) -> None:
-    for number in range(steps):
-
-        def gradients(number: int = number) -> torch.Tensor:
-            optimizer.zero_grad()
-            loss = loss_value(model(**pair("stack").batch(number)))
-            loss.backward()
-            return loss
-
-        if closure:
-            optimizer.step(gradients)  # type: ignore[arg-type]
-        else:
-            gradients()
-            optimizer.step()
-
-
-def assert_trained_alike(train_one: Callable[[nn.Module], None]) -> None:
-    ours, reference = pair("stack").copies()
-    for model in (ours, reference):
-        train_one(model)
-    assert_same_weights(ours, reference, pair("stack").dense)
-    assert not any(carrier.any() for carrier in carriers(ours).values())
+@pytest.fixture
+def model() -> nn.Module:
+    return pair("stack").copies()[0]
 
 
 @pytest.mark.parametrize("closure", [False, True])
@@ -110,8 +90,7 @@ def test_a_part_of_an_optimised_model_and_its_copy_are_trained_without_the_rest(
 
 
 @pytest.mark.parametrize("again", [velora_fx.restore, lambda model: reoptimize(model)])
-def test_an_optimizer_of_carriers_that_are_gone_is_refused(again):
-    model, _ = pair("stack").copies()
+def test_an_optimizer_of_carriers_that_are_gone_is_refused(model, again):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     again(model)
     loss_value(model(**pair("stack").batch(0))).backward()
@@ -141,15 +120,9 @@ def test_weights_assigned_to_a_model_on_meta_bring_their_carriers():
     def train_one(model: nn.Module) -> None:
         state = copy.deepcopy(model.state_dict())
         model.to("meta").load_state_dict(state, assign=True)
-        train(model, torch.optim.AdamW(p for p in model.parameters()))
+        train(model, torch.optim.AdamW(model.parameters()))
 
-    ours, reference = pair("stack").copies()
-    for model in (ours, reference):
-        for parameter in model.parameters():
-            assert parameter.device.type == "cpu"
-    train_one(ours)
-    train(reference, torch.optim.AdamW(reference.parameters()))
-    assert_same_weights(ours, reference, pair("stack").dense)
+    assert_trained_alike(train_one)
 
 
 def test_gradients_switched_on_for_all_parameters_are_switched_off_again_for_weights_with_carriers():
@@ -169,8 +142,7 @@ def test_gradients_of_training_before_are_dropped_with_the_weights_own():
     assert all(model.get_parameter(name.removesuffix("_carrier")).grad is None for name in carriers(model))
 
 
-def test_a_weight_tied_afterwards_is_refused():
-    model, _ = pair("stack").copies()
+def test_a_weight_tied_afterwards_is_refused(model):
     model.blocks[1].up.weight = model.blocks[0].up.weight
     optimizer = torch.optim.AdamW(model.parameters())
     loss_value(model(**pair("stack").batch(0))).backward()
@@ -178,8 +150,7 @@ def test_a_weight_tied_afterwards_is_refused():
         optimizer.step()
 
 
-def test_a_module_put_in_the_place_of_another_is_an_error_of_its_model_alone():
-    model, _ = pair("stack").copies()
+def test_a_module_put_in_the_place_of_another_is_an_error_of_its_model_alone(model):
     model.blocks[0].up = nn.Linear(32, 64).double()
     other = nn.Linear(3, 3)
     other(torch.ones(3)).sum().backward()
@@ -188,24 +159,20 @@ def test_a_module_put_in_the_place_of_another_is_an_error_of_its_model_alone():
         model(**pair("stack").batch(0))
 
 
-class OfUsers(nn.Module):
+def with_phases() -> Of:
     """A model with a parameter of its own that is called like a carrier."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.fc = nn.Linear(16, 16)
-        self.phase = nn.Parameter(torch.ones(16), requires_grad=False)
-        self.phase_carrier = nn.Parameter(torch.ones(16))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(x.tanh() * self.phase * self.phase_carrier).square().mean()
+    return Of(
+        lambda m, x: m.fc(x.tanh() * m.phase * m.phase_carrier).square().mean(),
+        fc=nn.Linear(16, 16),
+        phase=nn.Parameter(torch.ones(16), requires_grad=False),
+        phase_carrier=nn.Parameter(torch.ones(16)),
+    )
 
 
 def test_a_parameter_of_the_model_that_is_called_like_a_carrier_stays_its_own():
     x = torch.randn(8, 16)
     for gradients in ("dense", "factored"):
-        model = OfUsers()
+        model = with_phases()
         plan = tightest(model, (x,), gradients=gradients)
         velora_fx.apply(model, plan, (x,))
         model(x).backward()
@@ -217,42 +184,38 @@ def test_a_parameter_of_the_model_that_is_called_like_a_carrier_stays_its_own():
 def test_a_model_inside_of_ddp_is_refused_before_anything_changes():
     wrapped = object.__new__(nn.parallel.DistributedDataParallel)
     nn.Module.__init__(wrapped)
-    model = nn.Sequential(OfUsers())
-    plan = tightest(OfUsers(), (torch.randn(8, 16),), gradients="factored")
+    model = nn.Sequential(with_phases())
+    plan = tightest(with_phases(), (torch.randn(8, 16),), gradients="factored")
     model.append(wrapped)
     with pytest.raises(ValueError, match="velora_fx comes before DDP, FSDP and DTensor, and 1 is wrapped already"):
         velora_fx.apply(model, plan, (torch.randn(8, 16),))
     assert not carriers_of(model)
 
 
-class Counting(torch.optim.Optimizer):
-    """Elementwise, with a counter of its own that its rule takes."""
+class Counting(Elementwise):
+    """Has a counter of its own that its rule takes."""
 
     def __init__(self, params: Any) -> None:
-        super().__init__(params, {"lr": 1e-2})
+        super().__init__(params, lr=1e-2)
         self.t = torch.zeros(())
 
-    @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         self.t += 1
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    p.sub_(group["lr"] * p.grad / self.t)
+        super().step()
+
+    def update(self, p: Any, group: dict[str, Any]) -> None:
+        p.sub_(group["lr"] * p.grad / self.t)
 
 
-def test_trying_an_optimizer_leaves_its_own_attributes_alone():
-    model, _ = pair("stack").copies()
+def test_trying_an_optimizer_leaves_its_own_attributes_alone(model):
     optimizer = Counting(model.parameters())
-    loss_value(model(**pair("stack").batch(0))).backward()
-    optimizer.step()
+    train(model, optimizer, 1)
     assert optimizer.t == 1
 
 
-def test_schedules_of_other_settings_are_not_tried_anew(monkeypatch):
+def test_schedules_of_other_settings_are_not_tried_anew(model, monkeypatch):
     tried = []
     monkeypatch.setattr("velora_fx.runtime.factored_step.check_exactness", lambda *taken: tried.append(taken))
-    model, _ = pair("stack").copies()
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=30)
     for _ in range(3):
@@ -261,19 +224,16 @@ def test_schedules_of_other_settings_are_not_tried_anew(monkeypatch):
     assert len(tried) == 1
 
 
-def test_planning_with_an_optimizer_made_after_optimize_sees_its_carriers():
-    model, _ = pair("stack").copies()
+def test_planning_with_an_optimizer_made_after_optimize_sees_its_carriers(model):
     optimizer = torch.optim.AdamW(model.parameters())
     plans = [tightest(model, pair("stack").batch(0), optimizer=o, gradients="factored") for o in (optimizer, "adamw")]
     assert plans[0].planned.peak_bytes == plans[1].planned.peak_bytes
 
 
-def test_gradients_that_a_hook_after_the_step_makes_anew_are_not_divided():
-    model, _ = pair("stack").copies()
+def test_gradients_that_a_hook_after_the_step_makes_anew_are_not_divided(model):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer.register_step_post_hook(lambda *_: [c.grad.fill_(1.0) for c in carriers(model).values()])
-    loss_value(model(**pair("stack").batch(0))).backward()
-    optimizer.step()
+    train(model, optimizer, 1)
     assert all((carrier.grad == 1).all() for carrier in carriers(model).values())
 
 

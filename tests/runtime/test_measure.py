@@ -6,6 +6,7 @@ import copy
 import os
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -35,34 +36,34 @@ def nothing_is_left() -> Iterator[None]:
     assert not torch._C._autograd._profiler_enabled()
 
 
-def one_step(model: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """A training step."""
-    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=1e-3)
-    model(x).sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
+def one_step(model: nn.Module, *optimizers: torch.optim.Optimizer, x: Any = None, set_to_none: bool = True) -> None:
+    """A training step, of a batch of its own where none is given."""
+    output = model(**x).loss if isinstance(x, dict) else model(large() if x is None else x)
+    output.sum().backward()
+    for optimizer in optimizers or [torch.optim.SGD(model.parameters(), lr=1e-3)]:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none)
 
 
 def large() -> Tensor:
     return rows(64, 64)
 
 
+@cache
+def plan(**options: Any) -> velora_fx.Plan:
+    return velora_fx.plan(stack(), 4, (large(),), **options)
+
+
 def optimised(**options: Any) -> nn.Module:
-    return velora_fx.optimize(stack(), 4, (large(),), **options)
+    return velora_fx.apply(stack(), plan(**options), (large(),))
 
 
-def measured(model: nn.Module, *optimizers: torch.optim.Optimizer, x: Tensor | None = None) -> Measured:
-    """What is measured of a step of all optimizers, the second one."""
-    for number in range(2):
-        context = velora_fx.measure(model) if number else warnings.catch_warnings()
-        with context:
-            model(large() if x is None else x).sum().backward()
-            for optimizer in optimizers:
-                optimizer.step()
-            model.zero_grad()
-    found = velora_fx.plan_of(model).measured
-    assert found is not None
-    return found
+def measured(model: nn.Module, *optimizers: torch.optim.Optimizer, **step: Any) -> velora_fx.Plan:
+    """The plan with what is measured of a step of all optimizers, the second one."""
+    one_step(model, *optimizers, **step)
+    with velora_fx.measure(model):
+        one_step(model, *optimizers, **step)
+    return velora_fx.plan_of(model)
 
 
 def llama(layers: int) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -82,20 +83,12 @@ def test_the_measured_peak_is_the_allocators_and_close_to_the_predicted_one(targ
     velora_fx.optimize(model, budget / 2**30, batch, compiled=target == "inductor", method="compress")
     run = torch.compile(model, fullgraph=True) if target == "inductor" else model
     optimizer = torch.optim.AdamW(model.parameters())
-
-    def step() -> None:
-        run(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()
-    with velora_fx.measure(run):
-        step()
-    plan = velora_fx.plan_of(run)
+    plan = measured(run, optimizer, x=batch)
     assert plan.compressed and plan.measured is not None
     states = [value for state in optimizer.state.values() for value in state.values()]
     held = tensor_bytes([*model.parameters(), *states])
-    assert plan.measured.allocated_bytes == pytest.approx(held + peak_of(step), rel=0.01)
+    peak = peak_of(lambda: one_step(run, optimizer, x=batch))
+    assert plan.measured.allocated_bytes == pytest.approx(held + peak, rel=0.01)
     assert plan.planned.peak_bytes == pytest.approx(plan.measured.allocated_bytes, rel=0.05)
     assert plan.measured.reserved_bytes is None
     assert plan.measured.breakdown["parameters"] == tensor_bytes(model.parameters())
@@ -106,10 +99,10 @@ def test_the_measured_peak_is_the_allocators_and_close_to_the_predicted_one(targ
 def test_a_step_of_several_batches_is_measured_as_one() -> None:
     model = optimised(gradient_accumulation=2)
     optimizer = torch.optim.AdamW(model.parameters())
-    one_step(model, large(), optimizer)
+    one_step(model, optimizer)
     with velora_fx.measure(model):
         model(large()).backward()
-        one_step(model, large(), optimizer)
+        one_step(model, optimizer)
     plan = velora_fx.plan_of(model)
     assert plan.measured is not None
     assert plan.measured.breakdown["gradients"] == tensor_bytes(model.parameters())
@@ -120,33 +113,24 @@ def test_a_step_of_several_batches_is_measured_as_one() -> None:
 def test_gradients_that_are_set_to_zero_in_place_are_there_all_the_time(set_to_none: bool) -> None:
     model = optimised(optimizer="sgd")
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-
-    def step() -> None:
-        model(large()).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=set_to_none)
-
-    step()
-    with velora_fx.measure(model):
-        step()
-    plan = velora_fx.plan_of(model)
+    plan = measured(model, optimizer, set_to_none=set_to_none)
     held = tensor_bytes([*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    peak = peak_of(lambda: one_step(model, optimizer, set_to_none=set_to_none))
     assert plan.measured is not None
-    assert plan.measured.allocated_bytes == pytest.approx(held + peak_of(step), rel=1e-3)
+    assert plan.measured.allocated_bytes == pytest.approx(held + peak, rel=1e-3)
     at_peak = plan.planned.breakdown["gradients"]
     assert plan.measured.breakdown["gradients"] == (at_peak if set_to_none else tensor_bytes(model.parameters()))
 
 
+@pytest.mark.filterwarnings("ignore:velora_fx")  # the plan is for AdamW alone
 def test_the_state_of_all_optimizers_of_the_model_is_counted_and_that_of_others_is_not() -> None:
     model, other = optimised(), nn.Linear(4, 4)
     weights = [parameter for parameter in model.parameters() if parameter.dim() == 2]
     rest = [parameter for parameter in model.parameters() if parameter.dim() != 2]
     optimizers = [torch.optim.SGD(weights, lr=1e-3, momentum=0.9), torch.optim.AdamW(rest)]
     foreign = torch.optim.AdamW(other.parameters())
-    one_step(other, torch.ones(2, 4), foreign)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the plan is for AdamW alone
-        found = measured(model, *optimizers, foreign)
+    one_step(other, foreign, x=torch.ones(2, 4))
+    found = measured(model, *optimizers, foreign).measured
     states = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
     assert found.breakdown["optimizer"] == tensor_bytes(value for value in states if isinstance(value, Tensor))
 
@@ -173,23 +157,23 @@ def test_a_plan_that_is_far_off_warns_with_the_category_that_differs_most() -> N
 
 def test_a_larger_batch_shows_in_the_activations() -> None:
     model = optimised()
-    optimizer = torch.optim.AdamW(model.parameters())
-    with pytest.warns(UserWarning, match="planned for x"):
-        one_step(model, rows(128, 64), optimizer)
-    with pytest.warns(UserWarning, match="most of it in activations and temporary"), velora_fx.measure(model):
-        one_step(model, rows(128, 64), optimizer)
+    with (
+        pytest.warns(UserWarning, match="planned for x"),
+        pytest.warns(UserWarning, match="most of it in activations and temporary"),
+    ):
+        measured(model, torch.optim.AdamW(model.parameters()), x=rows(128, 64))
 
 
 def test_a_step_that_was_smaller_than_planned_for_is_no_mismatch_and_the_report_says_so() -> None:
     model = optimised()
     optimizer = torch.optim.AdamW(model.parameters())
-    one_step(model, large(), optimizer)  # before the step that is measured
+    one_step(model, optimizer)  # before the step that is measured
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with velora_fx.measure(model):
-            for x in (rows(16, 64), rows(32, 64), rows(2, 64)):
+            for x in (rows(16, 64), rows(32, 64)):
                 model(x).backward()
-            optimizer.step()
+            one_step(model, optimizer, x=rows(2, 64))
     plan = velora_fx.plan_of(model)
     assert plan.measured is not None and plan.measured.inputs == {"x": (32, 64, 32)}
     assert plan.measured.allocated_bytes < 0.8 * plan.planned.peak_bytes
@@ -216,13 +200,12 @@ def test_what_the_step_raises_is_raised_and_nothing_is_measured() -> None:
 
 def test_beside_another_profiler_nothing_is_measured_and_that_is_said() -> None:
     model = optimised()
-    optimizer = torch.optim.AdamW(model.parameters())
     with (
         profile(activities=[ProfilerActivity.CPU]),
         pytest.raises(RuntimeError, match="another profiler runs"),
         velora_fx.measure(model),
     ):
-        one_step(model, large(), optimizer)
+        one_step(model)
 
 
 def test_a_model_that_is_not_optimised_is_refused() -> None:
@@ -235,10 +218,10 @@ def test_what_an_earlier_profile_saw_is_not_taken_for_memory_of_the_step() -> No
         old = [torch.empty(2**22)]
     model = optimised()
     optimizer = torch.optim.AdamW(model.parameters())
-    one_step(model, large(), optimizer)
+    one_step(model, optimizer)
     with velora_fx.measure(model):
         old.clear()  # it is no part of the step
-        one_step(model, large(), optimizer)
+        one_step(model, optimizer)
     plan = velora_fx.plan_of(model)
     assert plan.measured is not None
     assert plan.measured.allocated_bytes == pytest.approx(plan.planned.peak_bytes, rel=1e-3)
@@ -255,11 +238,10 @@ def test_hooks_on_optimizers_stay_in_place_and_are_called() -> None:
 
 def test_the_measured_peak_is_a_part_of_the_plan_and_not_of_one_that_is_applied_anew() -> None:
     model = optimised()
-    found = measured(model, torch.optim.AdamW(model.parameters()))
-    plan = velora_fx.plan_of(model)
-    assert velora_fx.Plan.from_json(plan.to_json()) == plan
-    assert velora_fx.state_dict(model)["plan"]["measured"]["allocated_bytes"] == found.allocated_bytes
-    assert velora_fx.plan_of(copy.deepcopy(model)).measured == found
+    plan = measured(model, torch.optim.AdamW(model.parameters()))
+    assert plan.measured is not None and velora_fx.Plan.from_json(plan.to_json()) == plan
+    assert velora_fx.state_dict(model)["plan"]["measured"]["allocated_bytes"] == plan.measured.allocated_bytes
+    assert velora_fx.plan_of(copy.deepcopy(model)).measured == plan.measured
     assert velora_fx.plan_of(velora_fx.apply(stack(), plan, (large(),))).measured is None
 
 
@@ -284,7 +266,7 @@ def test_on_cuda_it_reads_the_allocators_statistics(monkeypatch: pytest.MonkeyPa
         {"parameters": [weight], "buffers": [], "gradients": [gradient], "optimizer": [state]},
     ]
     with measured_step(model, Peak(100, {"gradients": 512}, "backward", curve), "cuda", found.append):
-        one_step(model, torch.ones(2, 32))
+        one_step(model, x=torch.ones(2, 32))
     # Blocks of 512 bytes: 1024 of parameters, 512 of state, half of 1024 of gradients as in the plan; 5000 - 1024 were
     # there besides at the start, fewer at the end.
     assert found == [
@@ -298,34 +280,19 @@ def test_on_cuda_it_reads_the_allocators_statistics(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_plan_for_cuda_is_not_measured_on_cpu() -> None:
-    plan = velora_fx.plan(stack(), 4, (rows(),), device="cuda")
-    model = velora_fx.apply(stack(), plan, (rows(),))
-    with (
-        pytest.raises(ValueError, match="the plan is for one cuda device, and the model is on cpu"),
-        velora_fx.measure(model),
-    ):
+    model = optimised(device="cuda")
+    with pytest.raises(ValueError, match="for one cuda device, and the model is on cpu"), velora_fx.measure(model):
         pass
 
 
+@pytest.mark.filterwarnings("ignore:velora_fx")  # workspaces are as large as the whole step here
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_the_measured_peak_is_close_to_the_predicted_one() -> None:
     model, batch = llama(3)
     model.cuda()
     batch = {name: value.cuda() for name, value in batch.items()}
     velora_fx.optimize(model, 1, batch)
-    optimizer = torch.optim.AdamW(model.parameters())
-
-    def step() -> None:
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # workspaces are as large as the whole step here
-        with velora_fx.measure(model):
-            step()
-    plan = velora_fx.plan_of(model)
+    plan = measured(model, torch.optim.AdamW(model.parameters()), x=batch)
     assert plan.measured is not None and plan.measured.reserved_bytes is not None
     own = plan.measured.allocated_bytes - plan.measured.breakdown["other"]
     assert plan.planned.tensor_bytes == pytest.approx(own, rel=0.05)
@@ -334,11 +301,6 @@ def test_on_a_gpu_the_measured_peak_is_close_to_the_predicted_one() -> None:
 
 def test_a_batch_that_was_made_before_the_step_counts() -> None:
     model = optimised()
-    optimizer = torch.optim.AdamW(model.parameters())
-    batch = large()
-    for number in range(2):
-        with velora_fx.measure(model) if number else warnings.catch_warnings():
-            one_step(model, batch, optimizer)
-    plan = velora_fx.plan_of(model)
+    plan = measured(model, torch.optim.AdamW(model.parameters()), x=large())
     assert plan.measured is not None
     assert plan.measured.allocated_bytes == pytest.approx(plan.planned.peak_bytes, rel=1e-3)

@@ -7,8 +7,6 @@ import copy
 import pickle
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +17,47 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import velora_fx
-from tests.helpers.gradients import assert_same_gradients, compressed_weights, rebuilt_inputs, regions_of, tightest
-from tests.helpers.toys import Block, compressed, rows, stack
+from tests.helpers.gradients import (
+    assert_same_gradients,
+    compressed_weights,
+    rebuilt_inputs,
+    regions_of,
+    saved_by,
+    tightest,
+)
+from tests.helpers.toys import Block, Of, compressed, compressed_stack, rows, stack, without_dropout
 from tests.helpers.zoo import ZOO
 from velora_fx.runtime.region import MAX_GRAPHS
 
 
-def check(
-    model: nn.Module,
-    reference: nn.Module,
-    *args: Any,
-    context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
-) -> None:
+def loss_of(model: nn.Module, *args: Any, autocast: bool = False) -> Tensor:
+    """The loss for the same random numbers each time, after its backward."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(5)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        loss = model(*args)
+    loss.backward()
+    return loss.detach()
+
+
+def check(model: nn.Module, reference: nn.Module, *args: Any) -> None:
     """Loss bit-equal, exact gradients exact, and compressed ones those of the rebuilt input."""
-    weights = compressed_weights(model)
-    losses = []
-    for one, patched in ((model, contextlib.nullcontext()), (reference, rebuilt_inputs(reference, weights))):
-        one.zero_grad(set_to_none=True)
-        torch.manual_seed(5)
-        with context(), patched:
-            loss = one(*args)
-        loss.backward()
-        losses.append(loss.detach())
-    assert torch.equal(*losses)
+    loss = loss_of(model, *args)
+    with rebuilt_inputs(reference, compressed_weights(model)):
+        assert torch.equal(loss, loss_of(reference, *args))
     assert_same_gradients(model, reference)
+
+
+def check_exact(model: nn.Module, reference: nn.Module, x: Tensor, autocast: bool = False) -> None:
+    """Loss bit-equal, and the gradients of weights that are not compressed exact."""
+    assert torch.equal(loss_of(model, x, autocast=autocast), loss_of(reference, x, autocast=autocast))
+    assert_same_gradients(model, reference, set(dict(model.named_parameters())) - set(compressed_weights(model)))
 
 
 @pytest.fixture(params=["", *(pytest.param(stretch, marks=pytest.mark.slow) for stretch in ("no_grad", "autocast"))])
 def pair(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module]:
-    model = stack(request.param)
-    return compressed(model, rows()), copy.deepcopy(stack(request.param))
+    plain = compressed_stack() if not request.param else compressed(stack(request.param), rows())
+    return plain, stack(request.param)
 
 
 def test_the_captured_call_and_other_sizes_run_the_same_graph(pair: tuple[nn.Module, nn.Module]) -> None:
@@ -78,34 +87,14 @@ def test_a_changed_dropout_rate_counts(pair: tuple[nn.Module, nn.Module]) -> Non
 
 
 def test_an_ambient_autocast_after_capturing_without_one_loses_nothing_but_the_inputs_precision() -> None:
-    model = compressed(stack(), rows())
-    reference = stack()
-    losses = []
-    for one in (model, reference):
-        torch.manual_seed(5)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = one(rows())
-        loss.backward()
-        losses.append(loss.detach())
-    assert torch.equal(*losses)
-    exact = {name for name, _ in model.named_parameters()} - set(compressed_weights(model))
-    assert_same_gradients(model, reference, exact)
+    check_exact(compressed_stack(), stack(), rows(), autocast=True)
 
 
 def test_after_to_bfloat16_the_model_still_runs_compressed(pair: tuple[nn.Module, nn.Module]) -> None:
     model, reference = (one.to(torch.bfloat16) for one in pair)
-    x = rows().to(torch.bfloat16)
     if model.blocks[0].stretch == "autocast":
         pytest.skip("a float32 norm of bfloat16 weights is an error in the model itself")
-    losses = []
-    for one in (model, reference):
-        torch.manual_seed(5)
-        loss = one(x)
-        loss.backward()
-        losses.append(loss.detach())
-    assert torch.equal(*losses)
-    exact = {name for name, _ in model.named_parameters()} - set(compressed_weights(model))
-    assert_same_gradients(model, reference, exact)
+    check_exact(model, reference, rows().to(torch.bfloat16))
     weight = model.blocks[0].up.weight
     assert not torch.allclose(weight.grad, reference.blocks[0].up.weight.grad, rtol=0.1)
 
@@ -137,28 +126,19 @@ class Cache:
         return torch.zeros_like(x) if self.past is None else self.past.mean(1, keepdim=True)
 
 
+@pytest.mark.filterwarnings("ignore:velora_fx")
 def test_a_filled_cache_means_the_original_forward() -> None:
-    model, reference = compressed(stack(), rows()), stack()
-    cache = Cache(torch.randn(4, 3, 32))
-    losses = []
-    for one in (model, reference):
-        torch.manual_seed(5)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            loss = one(rows(), None, cache)
-        loss.backward()
-        losses.append(loss.detach())
-    assert torch.equal(*losses)
+    model, reference, cache = compressed_stack(), stack(), Cache(torch.randn(4, 3, 32))
+    assert torch.equal(loss_of(model, rows(), None, cache), loss_of(reference, rows(), None, cache))
     in_blocks = {name for name, _ in model.named_parameters() if name.startswith("blocks")}
     assert_same_gradients(model, reference, in_blocks)
 
 
 def test_an_empty_cache_is_passed_as_none() -> None:
-    model = compressed(stack(), rows())
+    model = compressed_stack()
     check(model, stack(), rows())
     graphs = len(regions_of(model)[0].graphs)
-    torch.manual_seed(5)
-    model(rows(), None, Cache(None)).backward()
+    loss_of(model, rows(), None, Cache(None))
     assert len(regions_of(model)[0].graphs) == graphs
 
 
@@ -169,46 +149,35 @@ def test_eval_and_no_grad_are_bit_equal_to_the_untouched_model(pair: tuple[nn.Mo
         expected = reference(rows())
         torch.manual_seed(5)
         assert torch.equal(model(rows()), expected)
-    model.eval()
-    reference.eval()
-    assert torch.equal(model(rows()), reference(rows()))
-    model(rows()).backward()
-    reference(rows()).backward()
+    assert torch.equal(loss_of(model.eval(), rows()), loss_of(reference.eval(), rows()))
     assert_same_gradients(model, reference)
 
 
 def test_with_a_hook_on_an_inner_module_the_original_forward_runs_and_a_warning_says_so_once() -> None:
-    model, reference = compressed(stack(), rows()), stack()
+    model, reference = compressed_stack(), stack()
     seen = []
     handle = model.blocks[0].up.register_forward_hook(lambda module, args, output: seen.append(output.shape))
     with pytest.warns(UserWarning, match="hook") as caught:
-        for _ in range(2):
-            for one in (model, reference):
-                torch.manual_seed(5)
-                one.zero_grad()
-                loss = one(rows())
-                loss.backward()
-    assert len(caught) == 1
+        losses = [loss_of(one, rows()) for one in (model, model, reference)]
+    assert len(caught) == 1 and torch.equal(losses[1], losses[2])
     assert seen == [torch.Size([4, 8, 64])] * 2
     assert torch.equal(model.blocks[0].up.weight.grad, reference.blocks[0].up.weight.grad)
     handle.remove()
     check(model, reference, rows())
 
 
+@pytest.mark.filterwarnings("ignore:velora_fx")
 def test_hooks_on_all_modules_are_called_as_before() -> None:
-    model, reference = compressed(stack(), rows()), stack()
+    model, reference = compressed_stack(), stack()
     seen: list[str] = []
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
     try:
         reference(rows())
         expected = list(seen)
-        seen.clear()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model(rows())
+        model(rows())
     finally:
         handle.remove()
-    assert seen == expected
+    assert seen == 2 * expected
 
 
 def test_too_many_kinds_of_calls_fall_back_exactly_and_say_so_once() -> None:
@@ -218,15 +187,12 @@ def test_too_many_kinds_of_calls_fall_back_exactly_and_say_so_once() -> None:
             for one in (model, reference):
                 for block in one.blocks:
                     block.dropout.p = number / 100
-            torch.manual_seed(5)
-            loss = model(rows())
-            torch.manual_seed(5)
-            assert torch.equal(loss, reference(rows()))
+            assert torch.equal(loss_of(model, rows()), loss_of(reference, rows()))
     assert len(caught) == 1
 
 
 def test_a_deepcopy_trains_the_copy() -> None:
-    model = compressed(stack(), rows())
+    model = compressed_stack()
     twin = copy.deepcopy(model)
     check(twin, stack(), rows())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -249,15 +215,14 @@ def test_a_pickled_model_trains_in_a_fresh_process(pair: tuple[nn.Module, nn.Mod
     subprocess.run([sys.executable, "-c", code, str(tmp_path), root], check=True, cwd=root)
     grads = torch.load(tmp_path / "grads.pt")
     with rebuilt_inputs(reference, compressed_weights(model)):
-        torch.manual_seed(5)
-        reference(rows()).backward()
+        loss_of(reference, rows())
     for name, parameter in model.named_parameters():
         parameter.grad = grads[name]
     assert_same_gradients(model, reference)
 
 
 def test_functional_call_trains_the_given_weights() -> None:
-    model, reference = compressed(stack(), rows()), stack()
+    model, reference = compressed_stack(), stack()
     weights = {name: (p.detach() * 1.5).requires_grad_() for name, p in model.named_parameters()}
     torch.manual_seed(5)
     loss = torch.func.functional_call(model, weights, (rows(),))
@@ -266,27 +231,24 @@ def test_functional_call_trains_the_given_weights() -> None:
         for parameter in reference.parameters():
             parameter *= 1.5
     with rebuilt_inputs(reference, compressed_weights(model)):
-        torch.manual_seed(5)
-        reference(rows()).backward()
+        loss_of(reference, rows())
     for (_, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
         parameter.grad = gradient
     assert_same_gradients(model, reference)
 
 
 def test_under_torch_func_the_original_forward_runs() -> None:
-    model, reference = compressed(stack(), rows()), stack()
-    for one in (model, reference):
-        for block in one.blocks:
-            block.dropout.eval()
-    weights = {name: p.detach() for name, p in reference.named_parameters()}
-    expected = torch.func.grad(lambda w: torch.func.functional_call(reference, w, (rows(),)))(weights)
-    got = torch.func.grad(lambda w: torch.func.functional_call(model, w, (rows(),)))(weights)
-    assert all(torch.equal(expected[name], got[name]) for name in weights)
+    def gradients(model: nn.Module) -> dict[str, Tensor]:
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        return torch.func.grad(lambda w: torch.func.functional_call(model, w, (rows(),)))(weights)
+
+    got, expected = gradients(compressed_stack(has_dropout=False)), gradients(without_dropout(stack()))
+    assert all(torch.equal(gradient, got[name]) for name, gradient in expected.items())
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointed_blocks_compute_the_same(use_reentrant: bool) -> None:
-    model, reference = compressed(stack(), rows()), stack()
+    model, reference = compressed_stack(), stack()
     check(model, reference, rows())
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -302,27 +264,19 @@ def test_gradient_checkpointing_turned_on_afterwards_is_exact_and_keeps_nothing(
     case = next(case for case in ZOO if case.name == "llama")
     model, reference, batch = case.build(), case.build(), case.batch(2, 12)
     velora_fx.apply(model, tightest(model, batch), batch)
-    saved: list[int] = []
+    losses: list[Tensor] = []
     for one in (model, reference):
         one.gradient_checkpointing_enable()
-        count = 0
-
-        def pack(tensor: Tensor) -> Tensor:
-            nonlocal count
-            count += 1
-            return tensor
-
-        said = pytest.warns(UserWarning, match="checkpoint") if one is model else contextlib.nullcontext()
-        with said, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = one(**batch).loss
-        saved.append(count)
+    with pytest.warns(UserWarning, match="checkpoint"):
+        saved = saved_by(lambda: losses.append(model(**batch).loss))
+    assert len(saved) == len(saved_by(lambda: losses.append(reference(**batch).loss))) < 40
+    for loss in losses:
         loss.backward()
-    assert saved[0] == saved[1] < 40
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), reference.parameters(), strict=True))
 
 
 def test_accumulated_gradients_add_up() -> None:
-    model, reference = compressed(stack(), rows()), stack()
+    model, reference = compressed_stack(), stack()
     for one in (model, reference):
         one.zero_grad()
         for seed in (5, 6):
@@ -333,21 +287,15 @@ def test_accumulated_gradients_add_up() -> None:
     assert_same_gradients(model, reference)
 
 
-class Inverting(nn.Module):
+def inverting(m: Of, x: Tensor) -> Tensor:
     """Inverts a matrix of its input without gradients, which fails for some values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(32, 32)
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            scale = torch.linalg.inv(x[0, :8, :8]).mean()
-        return self.linear(x * scale).tanh().square().mean()
+    with torch.no_grad():
+        scale = torch.linalg.inv(x[0, :8, :8]).mean()
+    return m.linear(x * scale).tanh().square().mean()
 
 
 def test_an_error_inside_a_no_grad_stretch_leaves_grad_mode_on() -> None:
-    inner = nn.Sequential(nn.Linear(32, 32), Inverting())
+    inner = nn.Sequential(nn.Linear(32, 32), Of(inverting, linear=nn.Linear(32, 32)))
     model = compressed(inner.train(), rows())
     with torch.no_grad():
         inner[0].weight.zero_()
@@ -357,18 +305,12 @@ def test_an_error_inside_a_no_grad_stretch_leaves_grad_mode_on() -> None:
     assert torch.is_grad_enabled()
 
 
-class LookingUp(nn.Module):
+def looking_up(m: Of, x: Tensor, index: Tensor) -> Tensor:
     """Adds rows of a table in bfloat16, which fails for an index that is not there."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.table = nn.Linear(32, 32), nn.Linear(32, 32), nn.Embedding(4, 32)
-
-    def forward(self, x: Tensor, index: Tensor) -> Tensor:
-        h = F.gelu(self.first(x))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = self.second(h) + self.table(index)
-        return y.float().square().mean()
+    h = F.gelu(m.first(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = m.second(h) + m.table(index)
+    return y.float().square().mean()
 
 
 def autocast_depth() -> int:
@@ -378,7 +320,8 @@ def autocast_depth() -> int:
 
 def test_an_error_inside_an_autocast_stretch_leaves_autocast_off() -> None:
     index = torch.zeros(4, 8, dtype=torch.long)
-    model = compressed(LookingUp().train(), rows(), index)
+    parts = {"first": nn.Linear(32, 32), "second": nn.Linear(32, 32), "table": nn.Embedding(4, 32)}
+    model = compressed(Of(looking_up, **parts), rows(), index)
     assert regions_of(model)
     depth = autocast_depth()
     try:
@@ -426,7 +369,7 @@ def test_projections_do_not_show_in_the_model(pair: tuple[nn.Module, nn.Module])
 
 
 def test_projections_survive_to_empty() -> None:
-    model = compressed(stack(), rows())
+    model = compressed_stack()
     model.to_empty(device="cpu")
     reference = stack()
     model.load_state_dict(reference.state_dict())
@@ -441,11 +384,9 @@ def test_equal_blocks_share_their_graphs() -> None:
 
 
 def test_restore_gives_every_block_its_own_forward_back() -> None:
-    model = compressed(stack(), rows())
+    model = compressed_stack()
     assert velora_fx.restore(model) is model
     assert not regions_of(model)
     reference = stack()
-    for one in (model, reference):
-        torch.manual_seed(5)
-        one(rows()).backward()
+    assert torch.equal(loss_of(model, rows()), loss_of(reference, rows()))
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), reference.parameters(), strict=True))

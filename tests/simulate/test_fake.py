@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from tests.helpers.allocator import peak_of
+from tests.helpers.examples import for_any
+from tests.helpers.gradients import saved_by
 from tests.helpers.zoo import ZOO
 from velora_fx.ops.velora import compress
 from velora_fx.simulate import Tracker, fake_copy, fake_mode, fake_tensor, kernels_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-few = settings(max_examples=60, deadline=None, derandomize=True)
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="real CUDA attention is used then")
 
 
@@ -43,10 +44,8 @@ class Odd(nn.Module):
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    return {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
+    parameters, buffers = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+    return {**dict(parameters), **dict(buffers)}
 
 
 def test_every_floating_tensor_is_fake_and_looks_the_same():
@@ -60,17 +59,13 @@ def test_every_floating_tensor_is_fake_and_looks_the_same():
         assert copied.stride() == original.stride()
 
 
-def test_parameters_stay_parameters_under_their_names():
+def test_parameters_stay_parameters_under_their_names_with_what_they_carry_as_attributes():
     model = Odd()
+    model.frozen.lr_scale = 0.5
     fake = fake_copy(model, fake_mode())
     assert [name for name, _ in fake.named_parameters()] == [name for name, _ in model.named_parameters()]
     assert all(isinstance(parameter, nn.Parameter) for parameter in fake.parameters())
-
-
-def test_what_a_parameter_carries_as_attributes_is_kept():
-    model = nn.Linear(4, 4)
-    model.weight.lr_scale = 0.5
-    assert fake_copy(model, fake_mode()).weight.lr_scale == 0.5
+    assert fake.frozen.lr_scale == 0.5
 
 
 def test_ties_stay_ties():
@@ -87,17 +82,12 @@ def test_integers_are_real_copies():
     assert torch.equal(model.positions, torch.arange(5))
 
 
-def test_tensors_in_plain_attributes_are_fake_too():
-    fake = fake_copy(Odd(), fake_mode())
-    assert isinstance(fake.table, FakeTensor)
-
-
-def test_tensors_in_lists_and_dicts_of_a_module_are_fake_too():
+def test_tensors_in_plain_attributes_lists_and_dicts_of_a_module_are_fake_too():
     """A non-leaf in a list is what collecting auxiliary losses leaves there; it cannot be deep-copied."""
     model = Odd()
     model.losses = [model.head.weight.sum()]
     fake = fake_copy(model, fake_mode())
-    assert isinstance(fake.losses[0], FakeTensor) and isinstance(fake.settings["bias"], FakeTensor)
+    assert all(isinstance(tensor, FakeTensor) for tensor in (fake.table, fake.losses[0], fake.settings["bias"]))
     assert fake.settings["window"] == 3
 
 
@@ -161,11 +151,11 @@ def test_a_view_of_an_argument_holds_all_of_its_storage():
     assert fake.untyped_storage().nbytes() == 10 * 4 * 4
 
 
-@few
-@given(
+@for_any(
     st.lists(st.integers(0, 4), max_size=3),
     st.booleans(),
     st.sampled_from([torch.float32, torch.bfloat16, torch.complex64, torch.int64, torch.bool]),
+    examples=60,
 )
 def test_a_fake_tensor_looks_like_the_real_one(shape, transposed, dtype):
     tensor = torch.zeros(shape, dtype=dtype)
@@ -216,11 +206,21 @@ def test_a_real_grouped_product_is_left_alone():
     assert torch.equal(inside, torch._grouped_mm(a, b, OFFSETS))
 
 
+def bytes_of(run: Callable[..., Any], inputs: list[Tensor], device: torch.device = CPU) -> tuple[int, int, Any]:
+    """The peak of a run on fake copies of the inputs and what it leaves, besides what they take, and its result."""
+    fakes, tracker = fake_copy(inputs, fake_mode()), Tracker()
+    held = sum(tracker.deltas[tracker.watch(tensor)] for tensor in fakes)
+    with tracker, kernels_of(device):
+        result = run(*fakes)
+    live = tracker.timeline().live_bytes
+    return int(live.max()) - held, int(live[-1]) - held, result
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded"])
 def test_a_fake_layer_norm_gives_the_strides_and_takes_the_memory_of_the_real_one(layout):
     x = torch.zeros(32, 64, 256) if layout == "contiguous" else torch.zeros(64, 32, 256).transpose(0, 1)
     gradient = torch.ones(32, 1, 256).expand(32, 64, 256) if layout == "expanded" else torch.ones_like(x)
-    norm, mode, strides = nn.LayerNorm(256), fake_mode(), []
+    norm, strides = nn.LayerNorm(256), []
 
     def step(inputs: list[Tensor]) -> None:
         x = inputs[0].requires_grad_()
@@ -230,35 +230,24 @@ def test_a_fake_layer_norm_gives_the_strides_and_takes_the_memory_of_the_real_on
 
     inputs = [x, gradient, norm.weight, norm.bias]
     real_bytes = peak_of(lambda: step(inputs))
-    fakes, tracker = fake_copy(inputs, mode), Tracker()
-    held = sum(tracker.deltas[tracker.watch(tensor)] for tensor in fakes)
-    with tracker, kernels_of(CPU):
-        step(fakes)
+    fake_bytes, *_ = bytes_of(lambda *fakes: step([*fakes]), inputs)
     assert strides[0] == strides[1]
     buffers = 64 * 1024  # of the real kernel's threads
-    assert real_bytes - buffers <= int(tracker.timeline().live_bytes.max()) - held <= real_bytes
+    assert real_bytes - buffers <= fake_bytes <= real_bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(8, 16), (4096, 256), (16, 64, 384)], ids=str)
 def test_a_fake_compression_takes_the_memory_of_the_real_one(shape, dtype):
-    x, v, mode = torch.zeros(shape, dtype=dtype), torch.ones(shape[-1] // 8, 8), fake_mode()
-    real_bytes = peak_of(lambda: compress(x, v))
-    fakes, tracker = fake_copy([x, v], mode), Tracker()
-    held = sum(tracker.deltas[tracker.watch(tensor)] for tensor in fakes)
-    with tracker, kernels_of(CPU):
-        z = compress(*fakes)
+    x, v = torch.zeros(shape, dtype=dtype), torch.ones(shape[-1] // 8, 8)
+    peak, end, z = bytes_of(compress, [x, v])
     assert (z.shape, z.dtype) == ((*shape[:-1], shape[-1] // 8), dtype)
-    assert int(tracker.timeline().live_bytes.max()) - held == real_bytes
-    assert int(tracker.timeline().live_bytes[-1]) - held == z.untyped_storage().nbytes()
+    assert (peak, end) == (peak_of(lambda: compress(x, v)), z.untyped_storage().nbytes())
 
 
 def test_a_fake_compression_planned_for_a_gpu_takes_no_memory_but_its_result():
-    x, v, tracker = *fake_copy([torch.zeros(64, 256), torch.ones(32, 8)], fake_mode()), Tracker()
-    held = sum(tracker.deltas[tracker.watch(tensor)] for tensor in (x, v))
-    with tracker, kernels_of(CUDA):
-        compress(x, v)
-    assert int(tracker.timeline().live_bytes.max()) - held == 64 * 32 * 4
+    peak, *_ = bytes_of(compress, [torch.zeros(64, 256), torch.ones(32, 8)], CUDA)
+    assert peak == 64 * 32 * 4
 
 
 def attention_inputs(dtype: torch.dtype = torch.float32, kv_heads: int = 4, key_length: int = 6) -> list[Tensor]:
@@ -269,15 +258,10 @@ def attention_inputs(dtype: torch.dtype = torch.float32, kv_heads: int = 4, key_
 
 def saved_by_attention(*inputs: Tensor, **options: Any) -> tuple[Tensor, list[Tensor]]:
     """The output, and what is saved of more than a random state's few numbers."""
-    saved: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
-    with kernels_of(CUDA), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = F.scaled_dot_product_attention(*inputs, **options)
-    return out, [tensor for tensor in saved if tensor.numel() > 4]
+    out: list[Tensor] = []
+    with kernels_of(CUDA):
+        saved = saved_by(lambda: out.append(F.scaled_dot_product_attention(*inputs, **options)))
+    return out[0], [tensor for tensor in saved if tensor.numel() > 4]
 
 
 @without_gpu

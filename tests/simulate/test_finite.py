@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import velora_fx
 from tests.helpers.gradients import compressed_weights, tightest
 from tests.helpers.peaks import measured_peak, predict
-from velora_fx.simulate import fake_copy, fake_mode, kernels_of
+from tests.helpers.toys import Of
+from velora_fx.simulate import FiniteValues, fake_copy, fake_mode, kernels_of
 
 CPU = torch.device("cpu")
 WIDTH = 64
@@ -36,30 +37,20 @@ CHECKS: dict[str, Callable[[Tensor], object]] = {
 }
 
 
-class Block(nn.Module):
-    def __init__(self, check: str) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
-        self.check = check
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = x + self.down(torch.nn.functional.gelu(self.up(x)))
-        return torch.clamp(h, -1, 1) if CHECKS[self.check](h) else h
+def checked_loss(m: Of, x: Tensor) -> Tensor:
+    loss = m.layers(m.first(x)).square().mean()
+    return loss.new_zeros(()) if torch.isnan(loss) else loss
 
 
-class Checked(nn.Module):
-    def __init__(self, check: str) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = nn.Linear(WIDTH, WIDTH)
-        self.layers = nn.ModuleList(Block(check) for _ in range(3))
+def checked(check: str) -> Of:
+    def block(m: Of, x: Tensor) -> Tensor:
+        h = x + m.down(torch.nn.functional.gelu(m.up(x)))
+        return torch.clamp(h, -1, 1) if CHECKS[check](h) else h
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        for layer in self.layers:
-            x = layer(x)
-        loss = x.square().mean()
-        return loss.new_zeros(()) if torch.isnan(loss) else loss
+    torch.manual_seed(0)
+    first = nn.Linear(WIDTH, WIDTH)
+    blocks = [Of(block, up=nn.Linear(WIDTH, 4 * WIDTH), down=nn.Linear(4 * WIDTH, WIDTH)) for _ in range(3)]
+    return Of(checked_loss, first=first, layers=nn.Sequential(*blocks))
 
 
 def batch(rows: int = 256) -> dict[str, Tensor]:
@@ -68,7 +59,7 @@ def batch(rows: int = 256) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_a_step_with_checks_is_predicted_to_the_byte(check):
-    model = Checked(check)
+    model = checked(check)
     predicted = predict(model, batch())
     assert predicted.untouched_bytes == measured_peak(model, batch())
     assert predicted.compressed_bytes == measured_peak(predicted.compressed, batch()) < predicted.untouched_bytes
@@ -76,7 +67,7 @@ def test_a_step_with_checks_is_predicted_to_the_byte(check):
 
 def test_a_check_is_made_in_training():
     """Overflow in one row: the untouched model clamps, and so does the optimised one, whose inputs are compressed."""
-    model = Checked("not isfinite.all")
+    model = checked("not isfinite.all")
     optimised = copy.deepcopy(model)
     velora_fx.apply(optimised, tightest(model, batch()), batch())
     assert compressed_weights(optimised)
@@ -88,7 +79,7 @@ def test_a_check_is_made_in_training():
 
 
 def test_a_block_with_a_check_is_taken_apart_and_its_graph_is_not_printed(capfd):
-    plan = tightest(Checked("not isfinite.all"), batch())
+    plan = tightest(checked("not isfinite.all"), batch())
     printed = capfd.readouterr()
     assert "def forward" not in printed.out + printed.err
     assert {name for item in plan.compressed for name in item.consumers} == {
@@ -99,7 +90,7 @@ def test_a_block_with_a_check_is_taken_apart_and_its_graph_is_not_printed(capfd)
 
 @pytest.mark.parametrize("target", ["eager", "inductor"])
 def test_the_report_says_where_values_are_taken_to_be_finite(target):
-    plan = velora_fx.plan(Checked("isinf.any or isnan.any"), None, batch(), compiled=target == "inductor")
+    plan = velora_fx.plan(checked("isinf.any or isnan.any"), None, batch(), compiled=target == "inductor")
     (note,) = (note for note in plan.notes if "finite" in note)
     assert f"{__file__}:" in note and "torch.isnan(loss)" in note
     assert ("torch.compile" in note) == (target == "inductor")
@@ -109,20 +100,15 @@ def test_a_model_without_a_check_has_no_note_of_one():
     assert not any("finite" in note for note in velora_fx.plan(nn.Linear(8, 8), None, torch.randn(4, 8)).notes)
 
 
-class Masked(nn.Module):
+def masked(m: Of, x: Tensor, mask: Tensor) -> Tensor:
     """Does something else where the mask, a real input, has an infinity in it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return (self.first if torch.isinf(mask).any() else self.second)(x).square().mean()
+    return (m.first if torch.isinf(mask).any() else m.second)(x).square().mean()
 
 
 @pytest.mark.parametrize(("value", "unused"), [(float("-inf"), "second"), (0.0, "first")])
 def test_values_that_planning_has_are_looked_at(value, unused):
-    plan = velora_fx.plan(Masked(), None, {"x": torch.randn(4, 8), "mask": torch.full((4, 8), value)})
+    model = Of(masked, first=nn.Linear(8, 8), second=nn.Linear(8, 8))
+    plan = velora_fx.plan(model, None, (torch.randn(4, 8), torch.full((4, 8), value)))
     assert {item.module for item in plan.skipped if "not called" in item.reason} == {unused}
     assert not any("finite" in note for note in plan.notes)
 
@@ -139,7 +125,7 @@ def test_a_branch_on_anything_else_is_refused_with_its_place():
 
 def test_an_answer_that_was_written_over_is_not_known():
     (h,) = fake_copy([torch.randn(4)], fake_mode())
-    with kernels_of(CPU):
+    with kernels_of(CPU), FiniteValues():
         found = torch.isnan(h)
         assert not found.any()
         found |= h > 0

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import velora_fx
 from tests.helpers.gradients import compressed_weights, tightest
-from tests.helpers.toys import rows, stack
+from tests.helpers.toys import Of, compressed, rows, stack, without_dropout
 from velora_fx.simulate import fake_copy, fake_mode
 
 OLD: Any = None
@@ -75,45 +75,42 @@ def with_a_parameter(module: nn.Module) -> Any:
     return lambda x, *_: x + nn.functional.linear(nn.functional.gelu(parts[0](norm(x))), *parts[1:])  # type: ignore
 
 
-WAYS: list[Callable[[nn.Module], Any]] = [
-    closure, nested_closures, method, of_a_partial, held_by_an_object, through_a_global,
-]  # fmt: skip
+Way = Callable[[nn.Module], Any]
+WAYS: tuple[Way, ...] = (closure, nested_closures, method, of_a_partial, held_by_an_object, through_a_global)
+
+
+@pytest.fixture(scope="module")
+def untouched() -> velora_fx.Plan:
+    return tightest(stack(), (rows(),))
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-def test_a_replaced_forward_of_the_model_is_planned_for_as_it_runs(way: Callable[[nn.Module], Any]) -> None:
-    expected, model = tightest(stack(), (rows(),)), stack()
+def test_a_replaced_forward_of_the_model_is_planned_for_as_it_runs(way: Way, untouched: velora_fx.Plan) -> None:
+    model = stack()
     model.forward = way(model)
     plan = tightest(model, (rows(),))
-    assert plan.compressed == expected.compressed
-    assert (plan.planned.peak_bytes, plan.planned.breakdown) == (
-        expected.planned.peak_bytes,
-        expected.planned.breakdown,
-    )
+    assert plan.compressed == untouched.compressed
+    peaks = [(one.planned.peak_bytes, one.planned.breakdown) for one in (plan, untouched)]
+    assert peaks[0] == peaks[1]
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("way", WAYS[:-1], ids=lambda way: way.__name__)
-def test_blocks_whose_forward_is_replaced_are_compressed(way: Callable[[nn.Module], Any]) -> None:
-    model, reference = stack(), stack()
-    for made in (model, reference):
-        for block in made.blocks:
-            block.dropout.p = 0.0
-            block.forward = way(block)
-    plan = tightest(model, (rows(),))
-    velora_fx.apply(model, plan, (rows(),))
+def test_blocks_whose_forward_is_replaced_are_compressed(way: Way) -> None:
+    model, reference = without_dropout(stack()), without_dropout(stack())
+    for block in (*model.blocks, *reference.blocks):
+        block.forward = way(block)
+    compressed(model, rows())
     assert {f"blocks.{number}.up.weight" for number in range(3)} <= set(compressed_weights(model))
     assert torch.equal(model(rows()), reference(rows()))
 
 
 def test_a_function_that_holds_a_parameter_itself_is_left_as_it_is_and_the_plan_says_so() -> None:
     model, reference = stack(), stack()
-    for made in (model, reference):
-        for block in made.blocks:
-            block.forward = with_a_parameter(block)
-    plan = tightest(model, (rows(),))
-    velora_fx.apply(model, plan, (rows(),))
-    assert any("takes a parameter from elsewhere" in note for note in plan.notes)
+    for block in (*model.blocks, *reference.blocks):
+        block.forward = with_a_parameter(block)
+    compressed(model, rows())
+    assert any("takes a parameter from elsewhere" in note for note in velora_fx.plan_of(model).notes)
     loss, expected = model(rows()), reference(rows())
     loss.backward()
     expected.backward()
@@ -133,42 +130,30 @@ def test_an_untouched_function_is_itself_in_a_copy_and_the_models_own_stay() -> 
     assert own.__closure__[0].cell_contents.__self__ is model
 
 
-class Bypassing(nn.Module):
-    """Calls the forward of the model in it without its hooks, as PEFT's adapters do."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model.forward(x)  # type: ignore[no-any-return]
-
-
 def replacing(model: nn.Module) -> Any:
     """A forward that calls the parts of the model, and not the forward that was there."""
     kind = type(model)
     return types.MethodType(lambda self, *args: kind.forward(self, *args), model)
 
 
-def test_a_model_whose_forward_is_replaced_before_its_first_step_is_planned_in_that_step() -> None:
-    plan, model = tightest(stack(), (rows(),)), stack()
-    velora_fx.apply(model, plan)
+def test_a_model_whose_forward_is_replaced_before_its_first_step_is_planned_in_that_step(untouched: Any) -> None:
+    model = velora_fx.apply(stack(), untouched)
     model.forward = replacing(model)
     model(rows()).backward()
-    assert velora_fx.plan_of(model).compressed == plan.compressed
+    assert velora_fx.plan_of(model).compressed == untouched.compressed
     assert compressed_weights(model)
     velora_fx.restore(model)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_replaced_forward_that_is_called_without_hooks_is_planned_at_its_second_step() -> None:
-    plan, model = tightest(stack(), (rows(),)), stack()
-    velora_fx.apply(model, plan)
+def test_a_replaced_forward_that_is_called_without_hooks_is_planned_at_its_second_step(untouched: Any) -> None:
+    """As PEFT's adapters call it."""
+    model = velora_fx.apply(stack(), untouched)
     model.forward = replacing(model)
-    outer = Bypassing(model)
+    outer = Of(lambda m, x: m.model.forward(x), model=model)
     for _ in range(2):
         outer(rows()).backward()
-    assert velora_fx.plan_of(outer).compressed == plan.compressed
+    assert velora_fx.plan_of(outer).compressed == untouched.compressed
     assert compressed_weights(model)
 
 

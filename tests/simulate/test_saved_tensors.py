@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
+from tests.helpers.gradients import saved_by
 from tests.helpers.graph_text import graph_text, prepared
+from tests.helpers.toys import Of
 from velora_fx.capture import state_of
 from velora_fx.passes.find_products import find_products
 from velora_fx.simulate import Saving, fake_mode, fake_tensor
@@ -21,94 +23,74 @@ from velora_fx.simulate.saved_tensors import saved_tensors
 WIDTH = 16
 
 
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        q, k, v = (part(h).unflatten(-1, (2, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
-        return x + self.o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+def linears(*names: str) -> dict[str, nn.Module]:
+    return {name: nn.Linear(WIDTH, WIDTH) for name in names}
 
 
-class Mlp(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate, self.up, self.down = nn.Linear(WIDTH, 24), nn.Linear(WIDTH, 24, bias=False), nn.Linear(24, WIDTH)
-        self.dropout = nn.Dropout(0.1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.down(F.silu(self.gate(x)) * self.up(x)))
+def attend(m: Of, x: Tensor) -> Tensor:
+    h = m.norm(x)
+    q, k, v = (part(h).unflatten(-1, (2, -1)).transpose(1, 2) for part in (m.q, m.k, m.v))
+    return x + m.o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
 
 
-class Gpt2(nn.Module):
+def attention() -> Of:
+    return Of(attend, norm=nn.LayerNorm(WIDTH), **linears(*"qkvo"))
+
+
+def mlp() -> Of:
+    gate, up, down = nn.Linear(WIDTH, 24), nn.Linear(WIDTH, 24, bias=False), nn.Linear(24, WIDTH)
+    parts = {"gate": gate, "up": up, "down": down, "dropout": nn.Dropout(0.1)}
+    return Of(lambda m, x: m.dropout(m.down(F.silu(m.gate(x)) * m.up(x))), **parts)
+
+
+def frozen() -> Of:
+    module = mlp()
+    module.up.requires_grad_(False)
+    module.down.requires_grad_(False)
+    return module
+
+
+def conv1d(m: Of, x: Tensor) -> Tensor:
+    h = F.gelu(x.flatten(0, 1) @ m.fc, approximate="tanh")
+    return torch.addmm(m.bias, h, m.proj).view_as(x)
+
+
+def gpt2() -> Of:
     """Weights stored as [in, out], like transformers.pytorch_utils.Conv1D."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.proj = nn.Parameter(torch.randn(WIDTH, 24)), nn.Parameter(torch.randn(24, WIDTH))
-        self.bias = nn.Parameter(torch.zeros(WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.gelu(x.flatten(0, 1) @ self.fc, approximate="tanh")
-        return torch.addmm(self.bias, h, self.proj).view_as(x)
+    shapes = {"fc": (WIDTH, 24), "proj": (24, WIDTH), "bias": (WIDTH,)}
+    return Of(conv1d, **{name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()})
 
 
-class Swapped(nn.Module):
+def swapped() -> Of:
     """Linears over another dimension than the last, so that one has to copy its input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens, self.channels = nn.Linear(6, 6), nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.channels(self.tokens(x.sin().transpose(1, 2)).transpose(1, 2))
+    parts = {"tokens": nn.Linear(6, 6), **linears("channels")}
+    return Of(lambda m, x: m.channels(m.tokens(x.sin().transpose(1, 2)).transpose(1, 2)), **parts)
 
 
-class Stretches(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            gate = self.a(x).sigmoid()
-        with torch.autocast("cpu", torch.bfloat16):
-            h = self.b(x * gate)
-        return self.a(h.float())
+def stretch(m: Of, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        gate = m.a(x).sigmoid()
+    with torch.autocast("cpu", torch.bfloat16):
+        h = m.b(x * gate)
+    return m.a(h.float())
 
 
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.b.weight = self.a.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.a(x.exp()).tanh())
+def stretches() -> Of:
+    return Of(stretch, **linears("a", "b"))
 
 
-class Frozen(Mlp):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up.requires_grad_(False)
-        self.down.requires_grad_(False)
+def tied() -> Of:
+    module = Of(lambda m, x: m.b(m.a(x.exp()).tanh()), **linears("a", "b"))
+    module.b.weight = module.a.weight
+    return module
 
 
-class Regression(nn.Module):
+def regression() -> Of:
     """The transpose of a weight with one row is contiguous, as an input is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.score = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.score(F.gelu(self.body(x)))
+    return Of(lambda m, x: m.score(F.gelu(m.body(x))), score=nn.Linear(WIDTH, 1), **linears("body"))
 
 
-MODULES = (Attention, Mlp, Gpt2, Swapped, Stretches, Tied, Frozen, Regression)
+MODULES = (attention, mlp, gpt2, swapped, stretches, tied, frozen, regression)
 
 
 def rows(batch_size: int = 3) -> Tensor:
@@ -138,15 +120,8 @@ def savings(
 def kept_by_autograd(module: nn.Module, x: Tensor, autocast: bool = False) -> dict[int, int]:
     """Bytes of every storage that autograd keeps of the eager module, by address; parameters and buffers apart."""
     own = {tensor.untyped_storage().data_ptr() for tensor in state_of(module).values()}
-    kept: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor)  # held, so that no address is used twice
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        module(x)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        kept = saved_by(lambda: module(x))
     storages = [tensor.untyped_storage() for tensor in kept]
     return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr() not in own}
 
@@ -175,39 +150,35 @@ def test_what_a_linear_saves_is_as_large_as_its_input_or_a_cast_weight(kind, aut
             assert saving.num_bytes in weights
 
 
-def test_query_key_and_value_save_one_storage():
-    found = by_consumer(savings(Attention))
-    assert len({saving.storage for name in ("q", "k", "v") for saving in found[name]}) == 1
-
-
-def test_under_autocast_query_key_and_value_save_a_copy_each():
-    found = by_consumer(savings(Attention, autocast=True))
-    assert len({saving.storage for name in ("q", "k", "v") for saving in found[name]}) == 3
+@pytest.mark.parametrize(("autocast", "num_storages"), [(False, 1), (True, 3)])
+def test_query_key_and_value_save_one_storage_and_under_autocast_a_copy_each(autocast, num_storages):
+    found = by_consumer(savings(attention, autocast=autocast))
+    assert len({saving.storage for name in ("q", "k", "v") for saving in found[name]}) == num_storages
 
 
 def test_the_input_of_the_output_projection_is_saved_by_attention_too():
-    found = savings(Attention)
+    found = savings(attention)
     (projection,) = by_consumer(found)["o"]
     assert "attention" in [saving.operation for saving in found if saving.storage == projection.storage]
 
 
 def test_a_linear_with_a_frozen_weight_saves_no_input():
-    assert list(by_consumer(savings(Frozen))) == ["gate"]
+    assert list(by_consumer(savings(frozen))) == ["gate"]
 
 
 def test_a_linear_saves_nothing_inside_no_grad():
-    assert sum(saving.consumer == "a" for saving in savings(Stretches)) == 0
-    assert sum(saving.consumer == "a#2" for saving in savings(Stretches)) == 1
+    assert sum(saving.consumer == "a" for saving in savings(stretches)) == 0
+    assert sum(saving.consumer == "a#2" for saving in savings(stretches)) == 1
 
 
 def test_a_frozen_module_on_an_input_without_gradient_saves_nothing():
-    module, gm = graph_of(Mlp, 3)
+    module, gm = graph_of(mlp, 3)
     state = [tensor.detach() for tensor in state_of(module).values()]
     assert saved_tensors(gm, [*state, rows().detach()]) == ()
 
 
 def test_the_copy_of_an_input_that_cannot_be_flattened_belongs_to_the_linear():
-    found = savings(Swapped)
+    found = savings(swapped)
     (tokens,) = by_consumer(found)["tokens"]
     assert [saving.operation for saving in found if saving.storage == tokens.storage] == ["linear"]
     assert tokens.shape == (3, WIDTH, 6)
@@ -215,36 +186,28 @@ def test_the_copy_of_an_input_that_cannot_be_flattened_belongs_to_the_linear():
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_cast_copy_of_a_transposed_input_belongs_to_the_linear(batch_size):
-    found = by_consumer(savings(Swapped, batch_size=batch_size, autocast=True))
+    found = by_consumer(savings(swapped, batch_size=batch_size, autocast=True))
     assert [len(found[name]) for name in ("tokens", "channels")] == [1, 1]
 
 
-@pytest.mark.parametrize("kind", [Regression, Gpt2, Mlp, Tied], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [regression, gpt2, mlp, tied], ids=lambda kind: kind.__name__)
 def test_the_cast_copy_of_a_weight_is_not_the_input(kind):
     found = by_consumer(savings(kind, autocast=True))
     assert {name: len(saved) for name, saved in found.items()} == dict.fromkeys(found, 1)
 
 
 def test_a_saving_tells_shape_and_dtype_of_the_input_and_its_node():
-    (down,) = by_consumer(savings(Mlp))["down"]
-    _, gm = graph_of(Mlp, 3)
+    (down,) = by_consumer(savings(mlp))["down"]
+    _, gm = graph_of(mlp, 3)
     (product,) = (product for product in find_products(gm) if product.consumer == "down")
     assert (down.shape, down.dtype, down.x) == ((3, 6, 24), torch.float32, str(product.node.args[0]))
 
 
 def test_a_hook_of_the_caller_sees_nothing():
-    seen: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        seen.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        savings(Mlp, fake=True)
-    assert seen == []
+    assert saved_by(lambda: savings(mlp, fake=True)) == []
 
 
-@pytest.mark.parametrize("kind", [Mlp, Attention, Stretches], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [mlp, attention, stretches], ids=lambda kind: kind.__name__)
 def test_the_graph_is_left_as_it_was(kind):
     module, gm = graph_of(kind, 3)
     before = graph_text(gm)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import velora_fx
 from tests.helpers.gradients import tightest
-from tests.helpers.toys import rows, stack
+from tests.helpers.toys import Of, rows, stack
 from velora_fx.devices import device_rates
 from velora_fx.runtime import optimizer_factory
 from velora_fx.simulate import StepTimer, Timeline, default_loss, fake_copy, fake_mode, make_tracker, simulate
@@ -38,21 +37,14 @@ class Widths(nn.Module):
         return self.head(h)  # type: ignore[no-any-return]
 
 
-def timeline_of(
-    model: nn.Module,
-    *args: Any,
-    loss_fn: Callable[[Any], Tensor] = default_loss,
-    optimizer: str = "sgd",
-    **options: Any,
-) -> Timeline:
+def timeline_of(model: nn.Module, *args: Any, optimizer: str = "sgd", **options: Any) -> Timeline:
     """The timeline of a step of a fake copy."""
     mode = fake_mode()
     fake = fake_copy(model, mode)
-    make_optimizer = optimizer_factory(optimizer, model, CPU)
-    tracker = make_tracker(fake, CPU)
+    options = {"loss_fn": default_loss, "make_optimizer": optimizer_factory(optimizer, model, CPU), **options}
     return simulate(
-        fake, fake_copy(args, mode), {}, input_names=("x",), make_optimizer=make_optimizer, loss_fn=loss_fn, device=CPU,
-        tracker=tracker, timer=StepTimer(device_rates(CPU)), **options,
+        fake, fake_copy(args, mode), {}, input_names=("x",), device=CPU, tracker=make_tracker(fake, CPU),
+        timer=StepTimer(device_rates(CPU)), **options,
     )  # fmt: skip
 
 
@@ -107,19 +99,10 @@ def test_what_a_checkpoint_computes_again_is_of_its_module_in_backward() -> None
     assert "backward of inner.1: tanh [4, 7] float32" not in labels(timeline_of(Widths(), torch.zeros(4, 3)))
 
 
-class Sum(nn.Module):
-    """Adds two weights: autograd gives both the same gradient, and the nodes that store it make copies."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(3, 5), nn.Linear(3, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.first.weight + self.second.weight).sum() * x
-
-
 def test_gradients_that_are_copied_are_of_the_module_of_their_weight() -> None:
-    timeline = timeline_of(Sum(), torch.zeros(()))
+    """Autograd gives both weights of a sum the same gradient, and the nodes that store it make copies."""
+    parts = {"first": nn.Linear(3, 5), "second": nn.Linear(3, 5)}
+    timeline = timeline_of(Of(lambda m, x: (m.first.weight + m.second.weight).sum() * x, **parts), torch.zeros(()))
     places = {
         str(label): [place.name for place in timeline.places if place.event <= timeline.births[storage]][-1]
         for storage, label in enumerate(timeline.labels)
@@ -133,28 +116,16 @@ def test_gradients_of_other_batches_are_named_before_the_step() -> None:
     assert made[4:8] == [f"gradient of {name}.weight" for name in ("first", "inner.0", "inner.2", "head")]
 
 
-class WithLoss(nn.Module):
+def loss_and_logits(m: Of, x: Tensor) -> dict[str, Tensor]:
     """Computes its loss itself, after its last module."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(8, 16)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        logits = self.head(x) * 2
-        return {"loss": F.cross_entropy(logits, torch.zeros(len(x), dtype=torch.long)), "logits": logits}
+    logits = m.head(x) * 2
+    return {"loss": F.cross_entropy(logits, torch.zeros(len(x), dtype=torch.long)), "logits": logits}
 
 
-class Wrapper(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.wrapped = model
-
-    def forward(self, x: Tensor) -> Any:
-        return self.wrapped(x)
+WITH_LOSS = Of(loss_and_logits, head=nn.Linear(8, 16))
 
 
-@pytest.mark.parametrize("model", [WithLoss(), Wrapper(WithLoss())], ids=["bare", "wrapped"])
+@pytest.mark.parametrize("model", [WITH_LOSS, Of(lambda m, x: m.model(x), model=WITH_LOSS)], ids=["bare", "wrapped"])
 def test_the_end_of_a_forward_that_returns_its_loss_is_the_loss(model: nn.Module) -> None:
     timeline = timeline_of(model, torch.zeros(4, 8))
     made = labels(timeline)
@@ -166,7 +137,7 @@ def test_the_end_of_a_forward_that_returns_its_loss_is_the_loss(model: nn.Module
 
 
 def test_without_a_loss_in_it_the_end_of_a_forward_is_the_models() -> None:
-    timeline = timeline_of(WithLoss(), torch.zeros(4, 8), loss_fn=lambda output: output["logits"].exp().sum())
+    timeline = timeline_of(WITH_LOSS, torch.zeros(4, 8), loss_fn=lambda output: output["logits"].exp().sum())
     made = labels(timeline)
     assert "the model: mul [4, 16] float32" in made and "the model: log_softmax [4, 16] float32" in made
     assert "loss: exp [4, 16] float32" in made
@@ -175,13 +146,10 @@ def test_without_a_loss_in_it_the_end_of_a_forward_is_the_models() -> None:
 
 
 def test_temporaries_of_the_optimizer_are_named_as_such() -> None:
-    mode, model = fake_mode(), Widths()
-    fake = fake_copy(model, mode)
-    timeline = simulate(
-        fake, fake_copy((torch.zeros(4, 3),), mode), {}, input_names=("x",), loss_fn=default_loss, device=CPU,
-        make_optimizer=lambda copied: torch.optim.AdamW(copied.parameters(), foreach=True),
-        tracker=make_tracker(fake, CPU), timer=StepTimer(device_rates(CPU)),
-    )  # fmt: skip
+    def foreach(copied: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(copied.parameters(), foreach=True)
+
+    timeline = timeline_of(Widths(), torch.zeros(4, 3), make_optimizer=foreach)
     assert "optimizer step: foreach_sqrt [7, 5] float32" in labels(timeline)
     assert timeline.places[-1].name == "optimizer step"
 

@@ -11,26 +11,28 @@ import torch
 from torch import nn
 
 import velora_fx
-from tests.helpers.toys import rows, stack
+from tests.helpers.toys import Elementwise, Of
+
+X = torch.randn(2, 4)
+
+
+def toy() -> Of:
+    return Of(lambda m, x: m.linear(x).square().mean(), linear=nn.Linear(4, 4))
+
 
 MakeOptimizer = Callable[[nn.Module], Any]
 
 
-class Warm(torch.optim.Optimizer):
+class Warm(Elementwise):
     """Has an argument without a default, which is no option of a parameter group, and one number a weight as state."""
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, warm: int) -> None:
-        super().__init__(params, {"lr": lr})
+        super().__init__(params, lr)
         self.warm = warm
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    state = self.state[parameter]
-                    state.setdefault("mean", torch.zeros_like(parameter)).add_(parameter.grad, alpha=1 / self.warm)
-                    parameter.sub_(state["mean"], alpha=group["lr"])
+    def update(self, p: Any, group: dict[str, Any]) -> None:
+        mean = self.state[p].setdefault("mean", torch.zeros_like(p)).add_(p.grad, alpha=1 / self.warm)
+        p.sub_(mean, alpha=group["lr"])
 
 
 UNPLANNABLE: dict[str, MakeOptimizer] = {
@@ -43,16 +45,16 @@ UNPLANNABLE: dict[str, MakeOptimizer] = {
 
 @pytest.mark.parametrize("name", UNPLANNABLE)
 def test_an_optimizer_whose_step_needs_values_is_refused_by_name(name: str) -> None:
-    model = stack()
+    model = toy()
     with pytest.raises(ValueError, match=name.split()[0]):
-        velora_fx.plan(model, 1, (rows(),), optimizer=UNPLANNABLE[name](model))
+        velora_fx.plan(model, 1, X, optimizer=UNPLANNABLE[name](model))
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_an_optimizer_of_a_class_with_a_required_argument_is_planned_for() -> None:
-    model = stack()
+    model = toy()
     optimizer = Warm(model.parameters(), 0.1, warm=3)
-    plan = velora_fx.plan(model, 1, (rows(),), optimizer=optimizer)
+    plan = velora_fx.plan(model, 1, X, optimizer=optimizer)
     assert plan.optimizer == "Warm"
     assert plan.baseline.breakdown["optimizer"] == sum(p.numel() * 4 for p in model.parameters())
     assert not optimizer.state
@@ -60,7 +62,7 @@ def test_an_optimizer_of_a_class_with_a_required_argument_is_planned_for() -> No
 
 def test_a_class_that_cannot_be_made_from_parameters_alone_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="Warm"):
-        velora_fx.plan(stack(), 1, (rows(),), optimizer=Warm)
+        velora_fx.plan(toy(), 1, X, optimizer=Warm)
 
 
 OPTIMIZERS: dict[str, MakeOptimizer] = {
@@ -79,15 +81,15 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
 @pytest.mark.parametrize("used", [False, True])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_real_optimizer_its_scheduler_and_the_weights_are_left_alone(name: str, used: bool, scheduled: str) -> None:
-    model = stack()
+    model = toy()
     optimizer = OPTIMIZERS[name](model)
     scheduler = SCHEDULERS[scheduled](optimizer)
     if used:
-        model(rows()).backward()
+        model(X).backward()
         optimizer.step()
         optimizer.zero_grad()
     before = copy.deepcopy((optimizer.state_dict(), model.state_dict(), scheduler and scheduler.state_dict()))
-    plan = velora_fx.plan(model, 1, (rows(),), optimizer=optimizer)
+    plan = velora_fx.plan(model, 1, X, optimizer=optimizer)
     assert plan.baseline.breakdown["optimizer"] >= sum(p.numel() * 4 for p in model.parameters())
     after = optimizer.state_dict(), model.state_dict(), scheduler and scheduler.state_dict()
     torch.testing.assert_close(after[:2], before[:2], rtol=0, atol=0)
@@ -96,21 +98,17 @@ def test_the_real_optimizer_its_scheduler_and_the_weights_are_left_alone(name: s
     assert getattr(optimizer, "_opt_called", False) == (used and scheduler is not None)
 
 
-class Matching(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
+class Matching(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.linear(x)
+        y = super().forward(x)
         return y[int(y.detach().cpu().numpy().argmax()) % len(y)].sum()
 
 
 def test_a_loss_that_takes_its_values_to_numpy_is_refused_with_the_place_and_the_way_out() -> None:
     with pytest.raises(ValueError, match=r"\.numpy\(\).*test_step\.py.*without labels, and loss_fn"):
-        velora_fx.plan(Matching(), None, (torch.randn(2, 4),))
+        velora_fx.plan(Matching(4, 4), None, X)
 
 
 def test_a_loss_of_several_numbers_is_refused() -> None:
     with pytest.raises(ValueError, match=r"one number, got a tensor of shape \(4,\)"):
-        velora_fx.plan(stack(), None, (rows(),), loss_fn=lambda loss: loss.expand(4))
+        velora_fx.plan(toy(), None, X, loss_fn=lambda loss: loss.expand(4))

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import velora_fx
 from tests.helpers.peaks import measured_peak, predict
+from tests.helpers.toys import Of
 from velora_fx.simulate import fake_mode, fake_tensor, kernels_of
 
 CPU = torch.device("cpu")
@@ -128,34 +129,22 @@ def test_a_fake_operator_leaves_storages_of_the_real_size(name):
     assert both.compared and both.differences == []
 
 
-class Regression(nn.Module):
-    def __init__(self, loss: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.layers, self.loss = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)), loss
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.loss(self.layers(x), x)
+def regression(loss: Callable[..., Tensor]) -> Of:
+    return Of(lambda m, x: loss(m.layers(x), x), layers=nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)))
 
 
 @pytest.mark.parametrize("loss", [F.mse_loss, F.smooth_l1_loss, F.huber_loss])
 def test_a_step_with_a_mean_loss_is_predicted_to_the_byte(loss):
-    model, batch = Regression(loss), {"x": torch.randn(512, 64)}
+    model, batch = regression(loss), {"x": torch.randn(512, 64)}
     predicted = predict(model, batch)
     assert predicted.untouched_bytes == measured_peak(model, batch)
     assert predicted.compressed_bytes == measured_peak(predicted.compressed, batch)
 
 
 def test_the_report_says_that_what_an_lstm_takes_while_it_runs_is_not_counted():
-    class Recurrent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rnn, self.head = nn.LSTM(16, 24), nn.Linear(24, 16)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.mse_loss(self.head(self.rnn(x)[0]), x)
-
-    assert any("LSTM" in note for note in velora_fx.plan(Recurrent(), None, SEQUENCE).notes)
-    without = velora_fx.plan(Regression(F.mse_loss), None, torch.randn(8, 64))
+    recurrent = Of(lambda m, x: F.mse_loss(m.head(m.rnn(x)[0]), x), rnn=nn.LSTM(16, 24), head=nn.Linear(24, 16))
+    assert any("LSTM" in note for note in velora_fx.plan(recurrent, None, SEQUENCE).notes)
+    without = velora_fx.plan(regression(F.mse_loss), None, torch.randn(8, 64))
     assert not any("LSTM" in note for note in without.notes)
 
 

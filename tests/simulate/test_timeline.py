@@ -10,14 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.examples import for_any
 from velora_fx.peaks import Group
 from velora_fx.simulate import Timeline
 from velora_fx.simulate.timeline import CATEGORIES, Label, Place
-
-few = settings(max_examples=200, deadline=None, derandomize=True)
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,9 @@ def histories(draw: st.DrawFn) -> History:
     return History(events, categories, marks, labels, places)
 
 
+for_any_history = for_any(histories(), examples=200)
+
+
 def replay(history: History) -> list[dict[int, int]]:
     """The live storages and their bytes after each event."""
     live: dict[int, int] = {}
@@ -83,14 +84,12 @@ def replay(history: History) -> list[dict[int, int]]:
     return states
 
 
-@few
-@given(histories())
+@for_any_history
 def test_live_bytes_are_those_of_the_storages_in_use(history):
     assert history.timeline.live_bytes.tolist() == [sum(live.values()) for live in replay(history)]
 
 
-@few
-@given(histories())
+@for_any_history
 def test_a_storage_is_in_use_from_its_birth_to_its_death(history):
     """Storages without bytes too: an expert that gets no token saves an input of no rows."""
     births, deaths = history.timeline.births, history.timeline.deaths
@@ -99,50 +98,33 @@ def test_a_storage_is_in_use_from_its_birth_to_its_death(history):
         assert in_use == set(live)
 
 
-@few
-@given(histories())
-def test_the_peak_is_the_highest_point(history):
-    peak = history.timeline.peak
+def at_the_peak(history: History, *but: str) -> tuple[int, dict[int, int]]:
+    """The first event of the peak, and the bytes of what is in use then but for some categories."""
     states = replay(history)
-    assert peak.peak_bytes == max(sum(live.values()) for live in states)
+    event = max(range(len(states)), key=lambda event: sum(states[event].values()))
+    return event, {s: size for s, size in states[event].items() if history.categories.get(s) not in but}
 
 
-@few
-@given(histories())
-def test_the_breakdown_is_what_is_in_use_at_the_peak_by_category(history):
-    peak = history.timeline.peak
-    live = next(live for live in replay(history) if sum(live.values()) == peak.peak_bytes)
+@for_any_history
+def test_the_peak_is_the_highest_point_and_its_breakdown_what_is_in_use_there_by_category(history):
+    peak, live = history.timeline.peak, at_the_peak(history)[1]
     expected = dict.fromkeys(CATEGORIES, 0)
     for storage, size in live.items():
         expected[history.categories.get(storage, "temporary")] += size
     assert dict(peak.breakdown) == expected
-    assert sum(peak.breakdown.values()) == peak.peak_bytes
+    assert sum(peak.breakdown.values()) == peak.peak_bytes == sum(live.values())
 
 
-@few
-@given(histories())
+@for_any_history
 def test_the_moment_of_the_peak_is_the_last_one_opened_before_it(history):
-    totals = [sum(live.values()) for live in replay(history)]
-    first = totals.index(max(totals))
-    opened = [(start, name) for start, name in history.marks if start <= first]
-    assert history.timeline.peak.moment == max(opened)[1]
+    first, _ = at_the_peak(history)
+    assert history.timeline.peak.moment == max(mark for mark in history.marks if mark[0] <= first)[1]
 
 
-def at_the_peak(history: History) -> tuple[int, dict[int, int]]:
-    """The event of the peak, and the bytes of what is in use then besides parameters and buffers."""
-    states = replay(history)
-    totals = [sum(live.values()) for live in states]
-    event = totals.index(max(totals))
-    return event, {
-        s: size for s, size in states[event].items() if history.categories.get(s) not in ("parameters", "buffers")
-    }
-
-
-@few
-@given(histories())
+@for_any_history
 def test_the_largest_groups_at_the_peak_are_a_recount_by_label_without_layer_numbers(history):
     recounted: dict[str, list[int]] = defaultdict(list)
-    for storage, size in at_the_peak(history)[1].items():
+    for storage, size in at_the_peak(history, "parameters", "buffers")[1].items():
         label = history.labels[storage]
         if history.categories.get(storage) in OF_PARAMETERS:
             recounted[f"{label.where.split()[0]} of parameters"].append(size)
@@ -155,10 +137,9 @@ def test_the_largest_groups_at_the_peak_are_a_recount_by_label_without_layer_num
     assert [size for _, _, size in largest] == sizes[:5]
 
 
-@few
-@given(histories())
+@for_any_history
 def test_the_place_of_the_peak_is_the_last_one_opened_before_it_with_the_most_of_its_tensors(history):
-    event, live = at_the_peak(history)
+    event, live = at_the_peak(history, "parameters", "buffers")
     place = max(place for place in history.places if place.event <= event)
     peak = history.timeline.peak
     assert peak.place == place.name
@@ -171,8 +152,7 @@ def test_the_place_of_the_peak_is_the_last_one_opened_before_it_with_the_most_of
         assert totals[peak.there.label] == peak.there.num_bytes == max(totals.values())
 
 
-@few
-@given(histories())
+@for_any_history
 def test_the_curve_is_the_way_to_the_peak(history):
     """Its highest point is the peak, with the peak's breakdown, wherever the stretches are cut."""
     peak = history.timeline.peak
@@ -183,8 +163,7 @@ def test_the_curve_is_the_way_to_the_peak(history):
     assert {name: values[at] for name, values in peak.curve.categories.items()} == dict(peak.breakdown)
 
 
-@few
-@given(histories())
+@for_any_history
 def test_a_storage_is_born_before_it_dies_and_only_once(history):
     timeline = history.timeline
     assert sorted(timeline.births) == sorted({storage for storage, _ in history.events})
@@ -208,15 +187,9 @@ def test_what_there_is_for_each_parameter_is_one_group_of_any_shape():
 
 
 def test_layers_that_hold_the_same_are_one_group():
-    labels = [Label(f"h.{layer}.fc", "linear", "[4, 8] float32") for layer in (0, 1, 3)]
-    timeline = Timeline(
-        np.arange(3),
-        np.array([7] * 3),
-        {},
-        ((0, "forward"),),
-        tuple(labels),
-        (Place(0, "forward of h.3.fc", "h.3.fc"),),
-    )
+    labels = tuple(Label(f"h.{layer}.fc", "linear", "[4, 8] float32") for layer in (0, 1, 3))
+    places = (Place(0, "forward of h.3.fc", "h.3.fc"),)
+    timeline = Timeline(np.arange(3), np.array([7] * 3), {}, ((0, "forward"),), labels, places)
     assert timeline.peak.largest == (Group("h.0-1,3.fc: linear [4, 8] float32", 3, 21),)
     assert timeline.peak.there == Group("[4, 8] float32", 1, 7)
 
@@ -229,16 +202,14 @@ def test_copies_and_pickles_of_a_peak_leave_the_events_behind():
 
 
 def test_terabytes_are_counted_to_the_byte():
-    sizes = [2**40 + 1] * 5
-    timeline = Timeline(np.arange(5), np.array(sizes), {}, ((0, "forward"),))
+    timeline = Timeline(np.arange(5), np.array([2**40 + 1] * 5), {}, ((0, "forward"),))
     assert timeline.peak.peak_bytes == 5 * (2**40 + 1)
 
 
 def test_plain_numbers_come_out():
     """The plan is written as JSON."""
-    timeline = Timeline(
-        np.array([0, 1, 0]), np.array([4, 8, -4]), {0: "activations"}, ((0, "forward"), (1, "backward"))
-    )
+    marks = ((0, "forward"), (1, "backward"))
+    timeline = Timeline(np.array([0, 1, 0]), np.array([4, 8, -4]), {0: "activations"}, marks)
     peak = timeline.peak
     numbers = [peak.peak_bytes, *peak.breakdown.values(), *timeline.births.values(), *timeline.deaths.values()]
     assert {type(number) for number in [*numbers, *timeline.births, *timeline.deaths]} == {int}

@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,3 +25,12 @@ def ran(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         timeout=300,
         check=False,
     )
+
+
+def assert_refused(main: Callable[[list[str]], object], arguments: list[str], capsys: Any, *complaints: str) -> None:
+    """The command ends with code 2 and the complaints, and has printed nothing else."""
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    printed = capsys.readouterr()
+    assert (left.value.code, printed.out) == (2, "")
+    assert all(complaint in printed.err for complaint in complaints), printed.err

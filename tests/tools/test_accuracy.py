@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tools.commands import ran
+from tests.tools.commands import assert_refused, ran
 from tools.accuracy.main import asked_for, main, parse
 from tools.accuracy.measure import PLANS, measure, measure_apart
 from tools.accuracy.models import CASES
 from tools.accuracy.table import Row, is_within, table, worst
 
 MIB = 2**20
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
 def row(predicted: int = 1000, measured: int = 1000, **fields: Any) -> Row:
@@ -124,23 +125,13 @@ def test_cells_of_a_gpu_also_compare_the_reserved_memory() -> None:
         ("--seq-len long", "--seq-len"),
         ("--json /nowhere/at/all.json", "there is no folder /nowhere/at"),
         ("--speed", "unrecognized arguments: --speed"),
+        pytest.param("--device cuda", "needs a GPU that PyTorch can use", marks=without_gpu),
     ],
 )
 def test_bad_input_is_refused_with_code_2_before_anything_is_measured(
     arguments: str, complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as left:
-        main(arguments.split())
-    assert left.value.code == 2
-    assert complaint in capsys.readouterr().err
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as left:
-        main(["--device", "cuda"])
-    assert left.value.code == 2
-    assert "needs a GPU that PyTorch can use" in capsys.readouterr().err
+    assert_refused(main, arguments.split(), capsys, complaint)
 
 
 def test_sizes_that_are_asked_for_replace_the_models_own_where_there_are_any() -> None:

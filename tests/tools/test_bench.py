@@ -8,12 +8,13 @@ import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.tools.commands import ROOT, ran
+from tests.tools.commands import ROOT, assert_refused, ran
 from tools.bench.main import finish, main
 from tools.bench.numerics import (
     error_complaints,
@@ -56,21 +57,13 @@ def test_the_help_teaches_with_examples_and_shows_no_path_of_this_machine() -> N
     ],
 )
 def test_bad_input_is_refused_with_code_2(arguments: str, complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as left:
-        main(arguments.split())
-    assert left.value.code == 2
-    assert complaint in capsys.readouterr().err
+    assert_refused(main, arguments.split(), capsys, complaint)
 
 
-def test_a_missing_package_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find(name))
-    with pytest.raises(SystemExit) as left:
-        main(["lora"])
-    assert left.value.code == 2
-    assert 'pip install "peft>=' in capsys.readouterr().err
+    assert_refused(main, ["lora"], capsys, 'pip install "peft>=')
 
 
 @pytest.mark.parametrize("place", ["file", "file/folder", "taken"])
@@ -79,12 +72,8 @@ def test_results_that_cannot_be_written_are_refused_before_measuring(
 ) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "taken" / "ops.jsonl").mkdir(parents=True)
-    with pytest.raises(SystemExit) as left:
-        main(["ops", "--results", str(tmp_path / place)])
-    assert left.value.code == 2
-    printed = capsys.readouterr()
-    assert "--results must be a folder for files of rows" in printed.err and str(tmp_path / place) in printed.err
-    assert printed.out == ""
+    folder = str(tmp_path / place)
+    assert_refused(main, ["ops", "--results", folder], capsys, "--results must be a folder for files of rows", folder)
 
 
 def test_operators_are_checked_timed_and_written_without_transformers(tmp_path: Path) -> None:

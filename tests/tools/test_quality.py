@@ -14,7 +14,7 @@ from torch import Tensor
 
 import tools.quality.data as data
 import tools.quality.main as command
-from tests.tools.commands import ROOT, ran
+from tests.tools.commands import ROOT, assert_refused, ran
 from tools.quality.data import Tokens, batch_at, load_tokens
 from tools.quality.fit import fit, fit_text, shares_line
 from tools.quality.main import main
@@ -43,6 +43,11 @@ def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / f"{number}.py").write_text(f"def function_{number}(x):\n    return {names}\n")
     monkeypatch.setattr(data, "_paths", lambda endings: sorted(folder.iterdir()))
     return tmp_path
+
+
+def arguments_for(folder: Path, ways: str, *more: str) -> list[str]:
+    places = ["--results", str(folder / "rows"), "--cache", str(folder / "cache")]
+    return ["--tasks", "pretrain-tiny", "--ways", ways, *places, *more]
 
 
 def row_of(name: str, seed: int = 0, rate: float = 1e-2, loss: float | None = None, **other: Any) -> Row:
@@ -78,15 +83,11 @@ def test_the_help_teaches_with_examples_and_shows_no_path_of_this_machine() -> N
     ],
 )
 def test_bad_input_is_refused_with_code_2(arguments: str, complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as left:
-        main(arguments.split())
-    assert left.value.code == 2
-    assert complaint in capsys.readouterr().err
+    assert_refused(main, arguments.split(), capsys, complaint)
 
 
 def test_a_run_that_was_stopped_goes_on_where_it_was(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--tasks", "pretrain-tiny", "--ways", "dense,signs-8,mean-8-v+down", "--seeds", "2"]
-    arguments += ["--results", str(texts / "rows"), "--cache", str(texts / "cache")]
+    arguments = arguments_for(texts, "dense,signs-8,mean-8-v+down", "--seeds", "2")
     assert main(arguments) == 0
     file = texts / "rows" / "quality.jsonl"
     whole = read_rows(file)
@@ -103,8 +104,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(texts: Path, capsys: pytest
 
 
 def test_no_run_is_started_that_would_not_end_in_time(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--tasks", "pretrain-tiny", "--ways", "dense", "--minutes", "0"]
-    assert main([*arguments, "--results", str(texts / "rows"), "--cache", str(texts / "cache")]) == 0
+    assert main(arguments_for(texts, "dense", "--minutes", "0")) == 0
     printed = capsys.readouterr()
     assert "the time is over" in printed.err and "there are no rows yet" in printed.out
 
@@ -112,8 +112,7 @@ def test_no_run_is_started_that_would_not_end_in_time(texts: Path, capsys: pytes
 def test_a_failed_run_is_told_and_tried_again(
     texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--tasks", "pretrain-tiny", "--ways", "dense", "--seeds", "1"]
-    arguments += ["--results", str(texts / "rows"), "--cache", str(texts / "cache")]
+    arguments = arguments_for(texts, "dense", "--seeds", "1")
     with monkeypatch.context() as patched:
         patched.setattr(command, "run", lambda row, tokens, cache: replace(row, error="OSError: no room"))
         assert main(arguments) == 1

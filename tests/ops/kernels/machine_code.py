@@ -31,13 +31,7 @@ class MachineCode:
 
 
 def compiled(
-    kernel: Any,
-    signature: dict[str, str],
-    constants: dict[str, Any],
-    aligned: bool,
-    arch: int,
-    num_warps: int,
-    path: Path,
+    kernel: Any, signature: dict[str, str], constants: Any, aligned: bool, arch: int, num_warps: int, path: Path
 ) -> MachineCode:
     """The kernel for a GPU of compute capability `arch` (80, 90), with all arguments divisible by 16 if `aligned`."""
     names = [*signature, *constants]
@@ -54,6 +48,15 @@ def compiled(
     spills = [int(number) for number in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)]
     assert len(spills) == 2, usage
     return MachineCode(made.asm["ptx"], sum(spills))
+
+
+def far_rows(width: int) -> torch.Tensor:
+    """Three rows 2**30 elements apart; of the memory between them nothing is touched, and so nothing is taken."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        return torch.empty(2**31 + width, dtype=torch.bfloat16).as_strided((3, width), (2**30, 1))
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 def ulps(dtype: torch.dtype) -> float:

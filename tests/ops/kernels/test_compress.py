@@ -7,22 +7,13 @@ import torch
 import triton.language as tl
 from torch.nn import functional as F
 
-from tests.ops.kernels.machine_code import LOAD, WIDE_LOAD, compiled, ulps
+from tests.ops.kernels.machine_code import LOAD, WIDE_LOAD, compiled, far_rows, ulps
 from velora_fx.ops.kernels.compress import _compress_kernel, compress, compress_naive
 
 SHAPES = [
-    ((5,), 6, 8),
-    ((3, 7), 3, 43),
-    ((33,), 2, 127),
-    ((1,), 1, 2),
-    ((2, 3, 5), 64, 4),
-    ((4,), 5, 1),
-    ((70,), 7, 128),
-    ((5,), 2, 1300),
-    ((0, 3), 2, 4),
-    ((3,), 0, 8),
-    ((3,), 2, 0),
-]
+    ((5,), 6, 8), ((3, 7), 3, 43), ((33,), 2, 127), ((1,), 1, 2), ((2, 3, 5), 64, 4), ((4,), 5, 1), ((70,), 7, 128),
+    ((5,), 2, 1300), ((0, 3), 2, 4), ((3,), 0, 8), ((3,), 2, 0),
+]  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -76,21 +67,9 @@ def test_one_direction_for_all_groups_may_be_a_broadcast_view(interpreted):
     assert is_rounded_once(interpreted(compress, x, v), x, v)
 
 
-def test_no_rows_give_no_projections(interpreted):
-    x, v = sample((0,), 3, 4, torch.float32)
-    assert interpreted(compress, x, v).shape == (0, 3)
-
-
 def projections_of_far_rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows 2**30 elements apart; of the memory between them nothing is touched, and so nothing is taken."""
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        x = torch.empty(2**31 + 64, dtype=torch.bfloat16).as_strided((3, 64), (2**30, 1))
-    finally:
-        torch.utils.deterministic.fill_uninitialized_memory = True
     rows, v = sample((3,), 4, 16, torch.bfloat16)
-    x.copy_(rows)
-    return compress(x, v), rows, v
+    return compress(far_rows(64).copy_(rows), v), rows, v
 
 
 def test_rows_beyond_two_billion_elements_are_found(interpreted):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton.language as tl
 
-from tests.ops.kernels.machine_code import STORE, WIDE_STORE, compiled, ulps
+from tests.ops.kernels.machine_code import STORE, WIDE_STORE, compiled, far_rows, ulps
 from velora_fx.ops.kernels.expand import _expand_kernel, expand, expand_naive
 
 SHAPES = [(5, 6, 8), (9, 3, 43), (3, 2, 127), (2, 3, 1), (33, 64, 4), (1500, 5, 2)]
@@ -47,12 +47,7 @@ def test_a_strided_factor_is_read_where_it_lies(interpreted):
 
 
 def gradient_of_far_rows() -> tuple[torch.Tensor, torch.Tensor]:
-    """A gradient whose rows are 2**30 entries apart; of the memory between them nothing is taken."""
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        rows = torch.empty(2**31 + 1024, dtype=torch.bfloat16).as_strided((3, 1024), (2**30, 1))
-    finally:
-        torch.utils.deterministic.fill_uninitialized_memory = True
+    rows = far_rows(1024)
     factor, v = sample(3, 8, 128, torch.bfloat16)
     _expand_kernel[(1, 1)](
         factor, v, rows, 3, 2**30, 8, 1,
