@@ -25,7 +25,6 @@ from velora_fx.runtime import (
     BatchWatch,
     Checkpointed,
     FactoredRegion,
-    Folding,
     Notices,
     Region,
     StandIn,
@@ -151,7 +150,7 @@ def take_out(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     taken = uninstall(model)
     for module in model.modules():
         vars(module).pop(STATE, None)
-    foldings = {s.listener for s in taken if isinstance(s, FactoredRegion) and isinstance(s.listener, Folding)}
+    foldings = {stand_in.listener for stand_in in taken if isinstance(stand_in, FactoredRegion)}
     unwatch(model)
     carriers = remove_carriers(model)
     for folding in foldings:

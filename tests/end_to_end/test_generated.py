@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -41,7 +42,9 @@ def test_checkpointed_before_or_after_planning_the_numbers_are_exact(seed: int, 
     plan = tightest(model, batch())
     velora_fx.apply(model, plan, batch())
     model.is_checkpointed = reference.is_checkpointed = True
-    losses = [step(one, batch(), scalar) for one in (model, reference)]
+    comes_later = pytest.warns(UserWarning, match="is under gradient checkpointing already")
+    with contextlib.nullcontext() if is_first else comes_later:
+        losses = [step(one, batch(), scalar) for one in (model, reference)]
     assert losses[0] == losses[1]
     approximate = set(compressed_weights(model))
     assert approximate

@@ -25,8 +25,9 @@ def tightest(model: nn.Module, example_inputs: Any, **options: Any) -> velora_fx
     """The plan that compresses everything that can be compressed, as a budget of one byte would have it, without the
     search for what else would; of a step without an optimizer, which is planned more quickly, unless one is named."""
     args, kwargs = example_call(example_inputs)
+    device = planning_device(model, options.pop("device", None))
     wanted = with_compiled(Options(**{"optimizer": "none", "method": "compress", **options}), model)
-    analysis = analyse(model, args, kwargs, wanted, planning_device(model), lambda text: None)
+    analysis = analyse(model, args, kwargs, wanted, device, lambda text: None)
     search = Search(analysis, wanted.compresses, wanted.recomputes)
     return write_plan(analysis, search.problem, *search.tightest, None, 1, type(model).__name__, wanted)
 

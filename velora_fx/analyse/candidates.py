@@ -150,10 +150,14 @@ def _linears(groups: Iterable[Iterable[Saving]]) -> list[Key]:
 
 
 def _kept_in_forward(findings: Findings) -> list[Saving]:
-    """What is saved before backward begins."""
+    """What linears save before backward begins."""
     assert findings.timeline is not None
     backward = {moment: start for start, moment in findings.timeline.marks}["backward"]
-    return [saving for saving in findings.savings if findings.timeline.births[saving.storage] < backward]
+    return [
+        saving
+        for saving in findings.savings
+        if saving.consumer is not None and findings.timeline.births[saving.storage] < backward
+    ]
 
 
 def _sharing(

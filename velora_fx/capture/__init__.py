@@ -32,6 +32,7 @@ from velora_fx.capture.refusals import CaptureError, autocast_depth, refusals
 from velora_fx.capture.state import (
     attached_tensors,
     attached_to,
+    call_with,
     carriers_of,
     leave_out,
     own_attributes,
@@ -56,6 +57,7 @@ __all__ = [
     "attached_tensors",
     "attached_to",
     "autocast_depth",
+    "call_with",
     "carriers_of",
     "child_regions",
     "describe_leaf",

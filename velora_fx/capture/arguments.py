@@ -117,8 +117,8 @@ def tensors_inside(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         if value.is_floating_point() and value.numel():
             yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
             yield from tensors_inside(item)
     elif hasattr(value, "__dict__") and not isinstance(value, type):
         for attribute in vars(value).values():

@@ -18,19 +18,21 @@ def find_regions(model: nn.Module, passed_by: Collection[str] = ()) -> dict[str,
 
     Regions are the repeated blocks, and outside of them the smallest modules that own a trainable matrix; the whole
     model where nothing repeats. A module without a trainable matrix is never a region. Modules whose forward is
-    `passed_by` while their parts are called are none either: their parts are.
+    `passed_by` while their parts are called are none either: their parts are. What several modules hold goes by its
+    first name.
     """
-    blocks = dict(_blocks(model, "", passed_by))
-    if not blocks:
-        return {"": model} if has_trainable_matrix(model) else {}
+    blocks = find_blocks(model, passed_by)
+    if "" in blocks:
+        return blocks if has_trainable_matrix(model) else {}
     regions = {**blocks, **dict(_owners(model, "", set(blocks), passed_by))}
-    order = {name: position for position, (name, _) in enumerate(model.named_modules())}
-    return dict(sorted(regions.items(), key=lambda item: order[item[0]]))
+    return {name: regions[name] for name, _ in model.named_modules() if name in regions}
 
 
 def find_blocks(model: nn.Module, passed_by: Collection[str] = ()) -> dict[str, nn.Module]:
     """The repeated blocks by dotted name, as `find_regions` has them; the model itself where nothing repeats."""
-    return dict(_blocks(model, "", passed_by)) or {"": model}
+    named = {id(block): name for name, block in reversed(list(model.named_modules(remove_duplicate=False)))}
+    blocks = {named[id(block)]: block for _, block in _blocks(model, "", passed_by)}
+    return blocks or {"": model}
 
 
 def has_trainable_matrix(module: nn.Module, recurse: bool = True) -> bool:

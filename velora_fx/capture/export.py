@@ -20,7 +20,7 @@ from velora_fx.capture.arguments import CONSTANTS, flatten, unflatten
 from velora_fx.capture.attributes import changes_in, holds_tensor, own_forward, recorded_reads
 from velora_fx.capture.checkpoints import Checkpoint, whole_checkpoint
 from velora_fx.capture.refusals import CaptureError, refusals
-from velora_fx.capture.state import attached_to, state_of
+from velora_fx.capture.state import attached_to, call_with, state_of
 
 TRACED = (torch.Tensor, torch.SymInt)  # what a graph returns of a forward's results
 
@@ -155,7 +155,7 @@ class _FlatCall(torch.nn.Module):
         args, kwargs = unflatten(self.structure, filled)
         torch.set_autocast_cache_enabled(self.caches_casts)  # what the forward's autocast takes; tracing had set it off
         with changes_in((args, kwargs)) as changed_arguments:
-            output = torch.func.functional_call(self, dict(zip(self.names, ts, strict=False)), args, kwargs)
+            output = call_with(self, dict(zip(self.names, ts, strict=False)), args, kwargs)
         if changed_arguments:
             raise CaptureError("its forward changes a list or dict that it is given, which a graph would not do")
         self.output_structure, self.results = flatten(output)

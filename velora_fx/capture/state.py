@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,24 @@ def state_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     carriers = carriers_of(module)
     own = {name: tensor for name, tensor in module.named_parameters() if name not in carriers}
     return {**own, **dict(module.named_buffers())}
+
+
+def call_with(
+    module: torch.nn.Module, state: Mapping[str, torch.Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """What a module returns with other tensors, by their first names, in the place of its parameters and buffers.
+
+    `torch.func.functional_call` on its own would leave them in a module that is held under two names.
+    """
+    live = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    given = {id(live[name]): tensor for name, tensor in state.items()}
+    places = {
+        f"{name}.{own}" if name else own: given[id(tensor)]
+        for name, child in module.named_modules()
+        for own, tensor in (*child._parameters.items(), *child._buffers.items())
+        if id(tensor) in given
+    }
+    return torch.func.functional_call(module, places, args, dict(kwargs), tie_weights=False)
 
 
 def carriers_of(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -124,21 +124,6 @@ def test_constants_of_a_graph_shift_no_weights_number() -> None:
     assert found == {"up.weight": 32, "down.weight": 64}
 
 
-def test_told_so_the_partitioner_recomputes_what_products_take() -> None:
-    module = block()
-    gm = prepared(module, torch.randn(64, 16, 32))
-    kept_bytes = []
-    for recomputes in (False, True):
-        storages: dict[int, int] = {}
-
-        def observe(tensors: Mapping[str, Tensor], kept: Mapping[str, Kept], held: dict[int, int] = storages) -> None:
-            held.update({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors.values()})
-
-        Inductor(CPU, StepTimer(device_rates(CPU)), recomputes).run(gm, inputs(module), observe)
-        kept_bytes.append(sum(storages.values()))
-    assert kept_bytes[1] < 0.8 * kept_bytes[0]
-
-
 def test_compilers_are_what_they_were_afterwards() -> None:
     from torch._inductor.async_compile import AsyncCompile
 

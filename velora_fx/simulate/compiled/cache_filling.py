@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from velora_fx.capture import fakes_of, isolated, own_forward, plain_graph_module, state_of, tensors_inside
+from velora_fx.capture import call_with, fakes_of, isolated, own_forward, plain_graph_module, state_of, tensors_inside
 from velora_fx.passes import PREPARE, run
 
 
@@ -33,7 +33,7 @@ def filling_graph(
                 copies = [leaf if isinstance(leaf, torch.Tensor) else copy.deepcopy(leaf) for leaf in leaves]
             filled = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in copies]
             call_args, call_kwargs = _pytree.tree_unflatten(filled, spec)
-            output = torch.func.functional_call(block, dict(zip(state, ts, strict=False)), call_args, call_kwargs)
+            output = call_with(block, dict(zip(state, ts, strict=False)), call_args, call_kwargs)
             held = [t for leaf in filled if not isinstance(leaf, torch.Tensor) for t in tensors_inside(leaf)]
             return [*(leaf for leaf in _pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)), *held]
 

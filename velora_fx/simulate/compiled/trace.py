@@ -15,6 +15,7 @@ from velora_fx.capture import (
     CaptureError,
     UnequalError,
     attached_to,
+    call_with,
     carriers_of,
     fakes_of,
     isolated,
@@ -84,7 +85,7 @@ def trace(
                 vars(tensor).update(attached[name])
             marks = replay(model, calls, list(given), passed_by)
             with marks as marked, refusals(own_backwards=True), as_compiled():
-                output = torch.func.functional_call(model, named, call_args, call_kwargs)
+                output = call_with(model, named, call_args, call_kwargs)
             result["leaves"], result["structure"] = _pytree.tree_flatten(output)
             held = [tensor for leaf in result["leaves"] if _is_cache(leaf) for tensor in tensors_inside(leaf)]
             results = [*tensors_of(result["leaves"]), *held]
