@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, namedtuple
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import DynamicCache
 from transformers.tokenization_utils_base import BatchEncoding
 
 from tests.helpers.examples import for_any
-from velora_fx.capture import example_call, flatten, without_empty_caches
+from velora_fx.capture import example_call, flatten, tensors_inside, without_empty_caches
 from velora_fx.capture.arguments import unflatten
 
 Pair = namedtuple("Pair", "first second")
@@ -146,3 +147,9 @@ def test_other_example_inputs_are_refused_with_their_type(value):
 def test_of_several_batches_the_largest_is_taken() -> None:
     batches = [{"x": torch.zeros(2, size), "y": torch.zeros(size)} for size in (3, 8, 5)]
     assert example_call(batches) == ((), batches[1])
+
+
+def test_tensors_are_found_in_lists_and_dicts_of_objects_too():
+    key, state = torch.zeros(2, 3), torch.zeros(4)
+    cache = SimpleNamespace(layers=[SimpleNamespace(keys=key, states={0: state, 1: None}, length=torch.tensor(3))])
+    assert [id(tensor) for tensor in tensors_inside(cache)] == [id(key), id(state)]
