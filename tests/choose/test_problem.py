@@ -36,7 +36,7 @@ def test_what_the_solver_takes_a_choice_to_be_is_what_is_simulated(
         levels = [choices.randint(0, len(candidate.sizes)) for candidate in problem.candidates]
         tied = [levels[item.tied_to[0]] if item.tied_to else 0 for item in problem.items[len(levels) :]]
         expected = max(moment.bytes_at(problem.items, [*levels, *tied]) for moment in problem.moments)
-        peak = problem.peak(problem.actions([*levels, *tied])).tensor_bytes
+        peak = problem.analysis.peak(problem.actions([*levels, *tied])).tensor_bytes
         assert expected == pytest.approx(peak, rel=1e-4)
         drawn.add(peak)
     assert len(drawn) == 5 and analysis.baseline.tensor_bytes > max(drawn)

@@ -174,7 +174,7 @@ def test_no_plan_is_dearer_than_everything_at_one_size_that_fits(name: str) -> N
         budget = smallest + (untouched - smallest) * number // (POINTS - 1)
         actions, peak = search.within(budget)
         assert peak.peak_bytes <= budget
-        fitting = [one for one in at_one_size if search.problem.peak(one).peak_bytes <= budget]
+        fitting = [one for one in at_one_size if search.analysis.peak(one).peak_bytes <= budget]
         assert search.problem.cost(actions) <= min(map(search.problem.cost, fitting))
 
 

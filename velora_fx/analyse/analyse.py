@@ -96,18 +96,7 @@ def analyse(
     The model is not touched: everything happens on copies without memory. What the model's own forward raises is
     raised as it is; ValueError if it has no trainable matrix product.
     """
-    if not find_regions(model):
-        raise ValueError(
-            "the model has no trainable matrix product, so there is nothing to compress: "
-            "check requires_grad of its parameters"
-        )
-    check_unwrapped(model, options.is_factored)  # it may have been wrapped since it was optimised
-    if options.compiled == "blocks" and "" in find_blocks(model):
-        raise ValueError(
-            "compiled='blocks' is for a model whose repeated blocks are compiled one by one, and this one has no "
-            "repeated blocks: use compiled=True for torch.compile(model)"
-        )
-    optimizer_factory(options.optimizer, model, device)  # refuses what cannot be planned for
+    _check_can_be_planned_for(model, options, device)
     rehearsal = Rehearsal(model, args, kwargs, options, device)
     findings = _findings(rehearsal, progress)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -149,6 +138,22 @@ def analyse(
         simulate=simulator,
     )
     return replace(analysis, baseline=analysis.confirmed(Actions(), analysis.baseline))
+
+
+def _check_can_be_planned_for(model: torch.nn.Module, options: Options, device: torch.device) -> None:
+    """Refuses, before anything is run, a model without products, wrapped or without blocks, and some optimizers."""
+    if not find_regions(model):
+        raise ValueError(
+            "the model has no trainable matrix product, so there is nothing to compress: "
+            "check requires_grad of its parameters"
+        )
+    check_unwrapped(model, options.is_factored)  # it may have been wrapped since it was optimised
+    if options.compiled == "blocks" and "" in find_blocks(model):
+        raise ValueError(
+            "compiled='blocks' is for a model whose repeated blocks are compiled one by one, and this one has no "
+            "repeated blocks: use compiled=True for torch.compile(model)"
+        )
+    optimizer_factory(options.optimizer, model, device)  # refuses what cannot be planned for
 
 
 def _findings(rehearsal: Rehearsal, progress: Callable[[str], None]) -> Findings:

@@ -16,7 +16,7 @@ from velora_fx.peaks import Peak
 from velora_fx.plans import BudgetError, Exact, Plan
 
 AUTO, COMPRESS, EXACT = (True, True), (True, False), (False, True)  # whether to compress, whether to recompute
-METHODS = {"auto": AUTO, "compress": COMPRESS, "exact": EXACT}
+KINDS = {"auto": AUTO, "compress": COMPRESS, "exact": EXACT}
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,12 @@ class Planner:
 
     def tightest(self, method: str) -> tuple[Actions, Peak]:
         """The actions of the smallest peak that a method reaches."""
-        return self._search(*METHODS[method], None).tightest
+        return self._search(*KINDS[method], None).tightest
 
     def _searches(self, largest: int | None) -> list[Search]:
         """The searches with sub-tokens up to `largest`, by what is allowed."""
         method = self.options.method
-        kinds = tuple(METHODS.values()) if method == "auto" else (METHODS[method],)
+        kinds = tuple(KINDS.values()) if method == "auto" else (KINDS[method],)
         return [self._search(*kind, largest if kind[0] else None) for kind in kinds]
 
     def _search(self, compresses: bool, recomputes: bool, largest: int | None) -> Search:
@@ -130,7 +130,7 @@ class Planner:
     def _by_method(self, plan: Plan) -> str:
         """What each method reaches at the least."""
         smallest = {self.options.method: plan.planned.peak_bytes}
-        for method in METHODS:
+        for method in KINDS:
             if method not in smallest and not (plan.is_factored and method == "exact"):
                 smallest[method] = self.tightest(method)[1].peak_bytes
         return ", ".join(f"method={method!r} reaches {in_units(size)}" for method, size in smallest.items())

@@ -12,7 +12,6 @@ from velora_fx.choose.moments import find_moments
 from velora_fx.choose.price import share_of
 from velora_fx.choose.solver import Item, Moment
 from velora_fx.choose.updates import Freed, find_freed
-from velora_fx.peaks import Peak
 from velora_fx.runtime import Recompute
 from velora_fx.simulate import Timeline
 
@@ -124,10 +123,6 @@ class Problem:
     def all_recomputed(self) -> Actions:
         """All blocks recomputed as far as it frees more."""
         return Actions({}, {block.name: self._gains[block.levels][-1].level for block in self.blocks})
-
-    def peak(self, actions: Actions) -> Peak:
-        """The simulated peak with the actions."""
-        return self.analysis.peak(actions)
 
     @cached_property
     def projections_are_kept(self) -> bool:

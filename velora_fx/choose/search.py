@@ -72,7 +72,7 @@ class Search:
         for actions in reversed([self.problem.all_at(index) for index in range(most)]):
             if self.problem.cost(actions) >= self.problem.cost(found[0]):
                 continue
-            peak = self.problem.peak(actions)
+            peak = self.analysis.peak(actions)
             if peak.tensor_bytes > tensor_budget_bytes:
                 break
             found = actions, peak
@@ -99,7 +99,7 @@ class Search:
         most = max((len(candidate.sizes) for candidate in self.problem.offered), default=0)
         for index in range(0 if self.problem.sizes_matter else most):
             actions = self.problem.all_at(index)
-            peak = self.problem.peak(actions)
+            peak = self.analysis.peak(actions)
             if peak.tensor_bytes <= tensor_budget_bytes:
                 return actions, peak
         return self._tightest
@@ -143,7 +143,7 @@ class Search:
             return self._tightest
         if levels not in self._simulated:
             actions = self.problem.actions(levels)
-            self._simulated[levels] = actions, self.problem.peak(actions)
+            self._simulated[levels] = actions, self.analysis.peak(actions)
         return self._simulated[levels]
 
     def _target(self, rung: int) -> int:
@@ -179,7 +179,7 @@ class Search:
     @cached_property
     def _bottom(self) -> Peak:
         """The peak of what the lowest rung of the ladder stands for."""
-        return self.problem.peak(self.problem.actions(highest_levels(self.problem.items)))
+        return self.analysis.peak(self.problem.actions(highest_levels(self.problem.items)))
 
     @cached_property
     def tightest(self) -> tuple[Actions, Peak]:
@@ -193,12 +193,12 @@ class Search:
         if self.problem.offered:
             for index in (-1,) if self.problem.sizes_matter else (0, -1):
                 actions = self.problem.all_at(index)
-                found.append((actions, self.problem.peak(actions)))
+                found.append((actions, self.analysis.peak(actions)))
         if self.problem.blocks:
             alone = self.problem.all_recomputed()
             covered = () if self.analysis.is_factored else alone.recomputed
             besides = [c for c in self.problem.candidates if c.region not in covered]
             mixed = Actions({c.key: c.sizes[-1] for c in besides}, alone.recomputed)
             for actions in (alone, mixed) if besides else (alone,):
-                found.append((actions, self.problem.peak(actions)))
+                found.append((actions, self.analysis.peak(actions)))
         return min([*found, (Actions(), self._untouched)], key=lambda pair: pair[1].peak_bytes)

@@ -38,7 +38,7 @@ def write_plan(
     consumers = {name for candidate in decided for name in candidate.consumers}
     plan = Plan(
         model=name,
-        compiled=bool(options.compiled) if options.compiled != "blocks" else "blocks",
+        compiled=options.compiled or False,
         device=str(analysis.device.type),
         optimizer=optimizer_name(options.optimizer),
         inputs=analysis.inputs,

@@ -31,8 +31,9 @@ Observe = Callable[[Mapping[str, torch.Tensor], Mapping[str, Kept]], None]
 @dataclass
 class Inductor:
     """Compiles graphs for fake inputs, equal ones once, and runs them; `device` is the one that is planned for.
-    `timer`
-       is told of the kernels that run."""
+
+    `timer` is told of the kernels that run.
+    """
 
     device: torch.device
     timer: StepTimer
