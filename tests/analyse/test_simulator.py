@@ -207,6 +207,7 @@ def test_few_blocks_tell_what_all_take(make: Callable[[], nn.Module], options: d
         assert_same(found, analysis.simulate.whole(actions))
 
 
+@pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize(
     ("make", "options"),
     [
@@ -216,15 +217,15 @@ def test_few_blocks_tell_what_all_take(make: Callable[[], nn.Module], options: d
     ],
 )
 def test_few_blocks_tell_what_all_take_where_the_model_is_compiled(
-    make: Callable[[], nn.Module], options: dict[str, Any]
+    make: Callable[[], nn.Module], options: dict[str, Any], joined: bool
 ) -> None:
     torch.manual_seed(0)
     analysis = analysis_of(make(), compiled=True, **options)
-    found = [analysis.simulate.lengthened(actions) for actions in everything(analysis)]
+    found = [analysis.simulate.lengthened(actions, joined) for actions in everything(analysis)]
     assert sum(timeline is not None for timeline in found) >= 2
     for actions, timeline in zip(everything(analysis), found, strict=True):
         if timeline is not None:
-            assert_same(timeline, analysis.simulate.whole(actions))
+            assert_same(timeline, analysis.simulate.whole(actions, joined))
 
 
 def test_few_blocks_tell_it_under_autocast() -> None:

@@ -170,5 +170,5 @@ def test_what_a_simulation_does_not_confirm_is_not_done():
     nothing = Actions(), analysis.baseline
     assert faster(analysis, *nothing, None, 8)[0].sizes
     assert faster(analysis, *nothing, 1, 8) == nothing  # above the budget
-    slow = replace(analysis, simulate=lambda actions, as_one: replace(analysis.simulate(actions), seconds=math.inf))
+    slow = replace(analysis, simulate=lambda actions, joined: replace(analysis.simulate(actions), seconds=math.inf))
     assert faster(slow, *nothing, None, 8) == nothing

@@ -100,4 +100,4 @@ def test_where_blocks_are_searched_apart_the_plan_fits_as_one_graph() -> None:
     budget = (predicted.untouched_bytes + predicted.compressed_bytes) // 2
     actions, peak = Search(analysis, compresses=True, recomputes=False).within(budget)
     assert actions != Actions()
-    assert analysis.peak(actions, as_one=True).peak_bytes == peak.peak_bytes <= budget
+    assert analysis.peak(actions).peak_bytes == peak.peak_bytes <= budget

@@ -35,11 +35,9 @@ from velora_fx.runtime import (
     CHECKPOINTED,
     optimizer_factory,
 )
-from velora_fx.simulate import BlockTracker, Shortened, ShownStep, Timeline, Tracker, shorten
-from velora_fx.simulate.compiled import ALL_JOINED
+from velora_fx.simulate import WHOLE, BlockTracker, Shortened, ShownStep, Timeline, shorten
 
 KERNELS: Mapping[type, str] = {torch.nn.LSTM: "LSTM layers", torch.nn.modules.conv._ConvNd: "convolutions"}
-MOST_CONFIRMED = 12  # calls of blocks: a larger graph takes a compiler minutes
 
 
 @dataclass(frozen=True)
@@ -47,8 +45,9 @@ class Analysis:
     """A model's step: its timeline, what can be compressed or recomputed, and what cannot.
 
     `sharing` are candidates whose input is kept anyway. `timeline` is that of the trial step, whose events `findings`
-    and `blocks` refer to. `simulate` gives the timeline with the given actions; with `as_one` all blocks of a model are
-    compiled in one graph, also where there are many.
+    and `blocks` refer to. `simulate` gives the timeline with the given actions. Under torch.compile(model) each block
+    is compiled apart, one of a kind, which is soon done but a few per cent off; with `joined` as few as can be are.
+    `untouched` is not joined, `baseline` is.
     """
 
     findings: Findings
@@ -61,7 +60,6 @@ class Analysis:
     inputs: tuple[Input, ...]
     device: torch.device
     notes: tuple[str, ...]
-    num_block_calls: int
     is_compiled: bool
     is_factored: bool
     simulate: Simulator
@@ -71,16 +69,13 @@ class Analysis:
         """All that can be compressed, whether that frees memory or saves time alone."""
         return *self.candidates, *self.sharing
 
-    def peak(self, actions: Actions, as_one: bool = False) -> Peak:
-        """The simulated peak with the given actions, overhead included; `as_one` is as for `simulate`."""
-        return with_overhead(self.simulate(actions, as_one).peak, self.device)
+    def peak(self, actions: Actions) -> Peak:
+        """The simulated peak with the given actions, overhead included."""
+        return with_overhead(self.simulate(actions, joined=True).peak, self.device)
 
-    def confirmed(self, actions: Actions, peak: Peak) -> Peak:
-        """The peak with these actions where `peak` is that of a compiled model with some of its blocks apart, and they
-        are few enough to compile all of it as one graph; else the same peak."""
-        is_traced = self.simulate.rehearsal.is_traced
-        is_apart = is_traced and ALL_JOINED < self.num_block_calls <= MOST_CONFIRMED
-        return self.peak(actions, as_one=True) if is_apart else peak
+    def estimate(self, actions: Actions) -> Peak:
+        """The same with each block of a compiled model apart."""
+        return with_overhead(self.simulate(actions).peak, self.device)
 
 
 def analyse(
@@ -121,23 +116,21 @@ def analyse(
     progress("untouched step")
     untouched = simulator(Actions())
 
-    analysis = Analysis(
+    return Analysis(
         findings=findings,
         candidates=candidates,
         sharing=sharing,
         blocks=find_recomputable(model, findings, rehearsal.is_compiled, rehearsal.passed_by),
         skipped=skipped + _without_products(rehearsal.untouched, findings, rehearsal.passed_by),
-        baseline=with_overhead(untouched.peak, device),
+        baseline=with_overhead(simulator(Actions(), joined=True).peak, device),
         untouched=untouched,
         inputs=inputs_of(model, args, kwargs),
         device=device,
         notes=_notes(rehearsal, findings),
-        num_block_calls=sum(findings.calls.get(name, 0) for name in find_blocks(model, rehearsal.passed_by)),
         is_compiled=rehearsal.is_compiled,
         is_factored=options.is_factored,
         simulate=simulator,
     )
-    return replace(analysis, baseline=analysis.confirmed(Actions(), analysis.baseline))
 
 
 def _check_can_be_planned_for(model: torch.nn.Module, options: Options, device: torch.device) -> None:
@@ -157,25 +150,17 @@ def _check_can_be_planned_for(model: torch.nn.Module, options: Options, device: 
 
 
 def _findings(rehearsal: Rehearsal, progress: Callable[[str], None]) -> Findings:
-    """The products, saved tensors and graphs of a trial step."""
+    """The products, saved tensors and graphs of a trial step; of one with few of the equal blocks if that tells all."""
     shortened = shorten(rehearsal.rows, lambda name: None)
-    if not rehearsal.is_compiled and shortened.left_out:
+    if shortened.left_out:
         with contextlib.suppress(UnequalError):
-            return _called(rehearsal, _shortened_findings(rehearsal, shortened, progress))
-    fake = rehearsal.fake_model(rehearsal.is_compiled)
-    if not rehearsal.is_compiled:
-        run_step, traced = rehearsal.eager_step, rehearsal.traced_forward
-        return _called(rehearsal, probe(fake, run_step, traced, Tracker(), progress, rehearsal.passed_by))
-    findings = _called(rehearsal, probe(fake, None, rehearsal.traced_forward, Tracker(), progress, rehearsal.passed_by))
-    kept = KeptTensors(findings, Tracker())
-    fake = rehearsal.fake_model(traced=True)
-    timeline = rehearsal.observed_step(fake, findings.graphs, kept.tracker, kept.observer_of)
-    return replace(findings, savings=tuple(kept.savings), last_uses=kept.last_uses, timeline=timeline)
+            return lengthen_findings(*_trial(rehearsal, shortened, progress), shortened)
+    return _trial(rehearsal, WHOLE, progress)[0]
 
 
-def _shortened_findings(rehearsal: Rehearsal, shortened: Shortened, progress: Callable[[str], None]) -> Findings:
-    """The same of a trial step with few of the equal blocks."""
-    fake = rehearsal.fake_model(traced=False, shortened=shortened)
+def _trial(rehearsal: Rehearsal, shortened: Shortened, progress: Callable[[str], None]) -> tuple[Findings, ShownStep]:
+    """What a trial step of a model with these blocks finds, and the step."""
+    fake = rehearsal.fake_model(rehearsal.is_compiled, shortened)
     tracker = rehearsal.block_tracker(fake, shortened, rounding_bytes=1)
     steps: list[ShownStep] = []
 
@@ -183,8 +168,16 @@ def _shortened_findings(rehearsal: Rehearsal, shortened: Shortened, progress: Ca
         steps.append(rehearsal.shown_step(fake, shortened, tracker))
         return steps[0].timeline
 
-    findings = probe(fake, run_step, rehearsal.traced_forward, tracker, progress, rehearsal.passed_by)
-    return lengthen_findings(findings, steps[0], shortened)
+    eager = None if rehearsal.is_compiled else run_step
+    findings = probe(fake, eager, rehearsal.traced_forward, tracker, progress, rehearsal.passed_by)
+    findings = _called(rehearsal, findings)
+    if not rehearsal.is_compiled:
+        return findings, steps[0]
+    fake = rehearsal.fake_model(True, shortened)
+    kept = KeptTensors(findings, rehearsal.block_tracker(fake, shortened, rounding_bytes=1))
+    step = rehearsal.observed_step(fake, findings.graphs, kept.tracker, kept.observer_of)
+    found = replace(findings, savings=tuple(kept.savings), last_uses=kept.last_uses, timeline=step.timeline)
+    return found, step
 
 
 def _called(rehearsal: Rehearsal, findings: Findings) -> Findings:

@@ -10,7 +10,7 @@ from velora_fx.analyse.candidates import full_name
 from velora_fx.analyse.probe import Findings
 from velora_fx.passes.find_products import find_products
 from velora_fx.passes.kept_for_backward import Kept
-from velora_fx.simulate import Saving, Tracker
+from velora_fx.simulate import BlockTracker, Saving
 from velora_fx.simulate.compiled import Observe
 
 
@@ -21,7 +21,7 @@ class KeptTensors:
     its end.
     """
 
-    def __init__(self, findings: Findings, tracker: Tracker) -> None:
+    def __init__(self, findings: Findings, tracker: BlockTracker) -> None:
         self.tracker = tracker
         self.savings: list[Saving] = []
         self.last_uses: dict[int, int] = {}

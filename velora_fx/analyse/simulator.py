@@ -16,7 +16,7 @@ from velora_fx.analyse.steps import Rehearsal
 from velora_fx.capture import UnequalError
 from velora_fx.runtime import Notices, Recompute, RegionPlan, install, install_checkpointing, uninstall
 from velora_fx.simulate import Shortened, ShownStep, Timeline, lengthen, shorten
-from velora_fx.simulate.compiled import ALL_JOINED
+from velora_fx.simulate.compiled import MOST_JOINED, all_calls, but_the_ends, inner_calls
 
 Result = TypeVar("Result")
 
@@ -63,41 +63,41 @@ class Simulator:
     _timelines: dict[Hashable, Timeline] = field(default_factory=dict)
     _shown: dict[Hashable, ShownStep | None] = field(default_factory=dict)
 
-    def __call__(self, actions: Actions, as_one: bool = False) -> Timeline:
+    def __call__(self, actions: Actions, joined: bool = False) -> Timeline:
         """The timeline of a step, as `Analysis` describes it."""
-        key = frozenset(actions.sizes.items()), frozenset(actions.recomputed.items()), as_one
+        joined = joined and self.rehearsal.is_traced
+        key = frozenset(actions.sizes.items()), frozenset(actions.recomputed.items()), joined
         if key not in self._timelines:
-            found = None if as_one else self.lengthened(actions)
-            self._timelines[key] = self.whole(actions, as_one) if found is None else found
+            found = self.lengthened(actions, joined)
+            self._timelines[key] = self.whole(actions, joined) if found is None else found
         return self._timelines[key]
 
-    def whole(self, actions: Actions, as_one: bool = False) -> Timeline:
+    def whole(self, actions: Actions, joined: bool = False) -> Timeline:
         """The same with every block simulated."""
         rehearsal, graphs = self.rehearsal, self.findings.graphs
 
         def run(fake: torch.nn.Module) -> Timeline:
             if rehearsal.is_traced:
-                return rehearsal.compiled_step(fake, graphs, as_one)
+                return rehearsal.compiled_step(fake, graphs, inner_calls if joined else all_calls)
             if rehearsal.is_compiled:
                 rehearsal.compile_blocks(fake, graphs)
             return rehearsal.eager_step(fake)
 
         return self._with(self._treatment(actions), rehearsal.fake_model(rehearsal.is_traced), run)
 
-    def lengthened(self, actions: Actions) -> Timeline | None:
+    def lengthened(self, actions: Actions, joined: bool = False) -> Timeline | None:
         """The timeline of a step as it follows from one with few of its blocks; None where it does not."""
         rehearsal, treatment = self.rehearsal, self._treatment(actions)
-        is_whole = rehearsal.is_traced
-        ends = {name for row in rehearsal.rows for name in (row[0], row[-1])} if is_whole else set()
+        ends = {name for row in rehearsal.rows for name in (row[0], row[-1])} if joined else set()
         shortened = shorten(rehearsal.rows, lambda name: (treatment.of(name), name in ends))
-        if not shortened.left_out or (is_whole and self._num_calls <= ALL_JOINED):
+        if not shortened.left_out or (joined and self._num_calls <= MOST_JOINED):
             return None
         shown = treatment.shown_by(shortened, rehearsal.rows)
 
         def run(fake: torch.nn.Module) -> ShownStep:
             graphs = self.findings.graphs
-            if is_whole:
-                return rehearsal.shown_compiled_step(fake, shortened, graphs)
+            if rehearsal.is_traced:
+                return rehearsal.shown_compiled_step(fake, shortened, graphs, but_the_ends if joined else all_calls)
             if rehearsal.is_compiled:
                 rehearsal.compile_blocks(fake, graphs)
             return rehearsal.shown_step(fake, shortened)
@@ -106,11 +106,12 @@ class Simulator:
             tuple((name, _key(plan)) for name, plan in shown.plans.items()),
             tuple(sorted(shown.recomputed.items())),
             tuple(stretch.shown for stretch in shortened.stretches),
+            joined,
         )
         try:
             if key not in self._shown:
                 self._shown[key] = None
-                self._shown[key] = self._with(shown, rehearsal.fake_model(is_whole, shortened), run)
+                self._shown[key] = self._with(shown, rehearsal.fake_model(rehearsal.is_traced, shortened), run)
             step = self._shown[key]
             return None if step is None else lengthen(step, shortened)
         except UnequalError as error:

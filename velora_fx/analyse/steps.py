@@ -39,11 +39,8 @@ from velora_fx.simulate.compiled import (
     Inductor,
     ObserverOf,
     all_calls,
-    but_the_ends,
     compile_blocks,
     compiled_forward,
-    inner_calls,
-    no_calls,
     unobserved,
 )
 
@@ -127,9 +124,9 @@ class Rehearsal:
             called |= {name + part[len(shown) :] for part in own}
         return called
 
-    def eager_step(self, fake: torch.nn.Module, tracker: Tracker | None = None) -> Timeline:
+    def eager_step(self, fake: torch.nn.Module) -> Timeline:
         """A step of a fake model as it is."""
-        return self._step(fake, self._inputs("all"), tracker or make_tracker(fake, self.device))
+        return self._step(fake, self._inputs("all"), make_tracker(fake, self.device))
 
     def block_tracker(
         self, fake: torch.nn.Module, shortened: Shortened, rounding_bytes: int | None = None
@@ -142,27 +139,25 @@ class Rehearsal:
         tracker = tracker or self.block_tracker(fake, shortened)
         return tracker.step(self._step(fake, self._inputs("all"), tracker))
 
-    def shown_compiled_step(self, fake: torch.nn.Module, shortened: Shortened, graphs: Graphs) -> ShownStep:
-        """A step of `torch.compile(model)` that is shortened, with its blocks compiled apart but for the ends."""
+    def shown_compiled_step(
+        self, fake: torch.nn.Module, shortened: Shortened, graphs: Graphs, apart: Apart
+    ) -> ShownStep:
+        """A step of `torch.compile(model)` that is shortened."""
         tracker = self.block_tracker(fake, shortened)
-        return tracker.step(self._compiled_step(fake, graphs, tracker, unobserved, but_the_ends))
+        return tracker.step(self._compiled_step(fake, graphs, tracker, unobserved, apart))
 
-    def compiled_step(self, fake: torch.nn.Module, graphs: Graphs, as_one: bool = False) -> Timeline:
-        """A step of `torch.compile(model)`; `graphs` are those of untouched blocks.
-
-        Many blocks are compiled apart, equal ones once, which is sooner but a little off; not so with `as_one`.
-        """
-        tracker, apart = make_tracker(fake, self.device), no_calls if as_one else inner_calls
-        return self._compiled_step(fake, graphs, tracker, unobserved, apart)
+    def compiled_step(self, fake: torch.nn.Module, graphs: Graphs, apart: Apart) -> Timeline:
+        """A step of `torch.compile(model)`; `graphs` are those of untouched blocks."""
+        return self._compiled_step(fake, graphs, make_tracker(fake, self.device), unobserved, apart)
 
     def observed_step(
-        self, fake: torch.nn.Module, graphs: Graphs, tracker: Tracker, observer_of: ObserverOf
-    ) -> Timeline:
+        self, fake: torch.nn.Module, graphs: Graphs, tracker: BlockTracker, observer_of: ObserverOf
+    ) -> ShownStep:
         """The same with each block compiled apart, so that what is observed belongs to one; its figures are estimates.
 
         `observer_of` makes the observer of a graph, given the parameter behind each of its inputs.
         """
-        return self._compiled_step(fake, graphs, tracker, observer_of, all_calls)
+        return tracker.step(self._compiled_step(fake, graphs, tracker, observer_of, all_calls))
 
     def compile_blocks(self, fake: torch.nn.Module, graphs: Graphs) -> None:
         """Has the blocks of a fake model run as after `block.compile()`: its step is an eager one from then on."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -59,12 +61,24 @@ class Planner:
         for largest in self._bounds:
             if largest != self._bounds[0] and best is None and self._smallest_bytes > budget_bytes:
                 break
-            found = [search.within(budget_bytes) for search in self._searches(largest)]
-            fitting = [(actions, peak) for actions, peak in found if peak.peak_bytes <= budget_bytes]
-            best = min(fitting, key=lambda pair: self._widest.problem.cost(pair[0]), default=best)
+            best = self._cheapest(self._searches(largest), budget_bytes) or best
             if best is not None and best[1].step_seconds <= fair_seconds:
                 break
         return best or self.tightest(self.options.method)
+
+    def _cheapest(self, searches: Sequence[Search], budget_bytes: int) -> tuple[Actions, Peak] | None:
+        """The cheapest that the searches find within the budget; those that expect nothing or nothing better are left
+        out."""
+        best, least = None, math.inf
+        expected = [(search.expected_cost(budget_bytes), search) for search in searches]
+        for cost, search in sorted(expected, key=lambda pair: pair[0]):
+            if least <= cost:
+                break
+            actions, peak = search.within(budget_bytes)
+            cost = self._widest.problem.cost(actions)
+            if peak.peak_bytes <= budget_bytes and cost < least:
+                best, least = (actions, peak), cost
+        return best
 
     @property
     def _smallest_bytes(self) -> int:

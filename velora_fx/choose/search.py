@@ -38,20 +38,31 @@ class Search:
         The solver knows the moments of a step with nothing done about it; a simulation tells the true peak of what it
         chose. Along a ladder of targets for the solver, the same for every budget, the highest rung that fits is
         searched by halving, so that a larger budget never gets a dearer plan, but for the solver's gap: one more
-        approximate, where blocks are not recomputed. Taken is the lowest rung of the same cost, if it fits too. Where
-        compiled blocks were simulated apart, what is found is confirmed, and searched again for less if it is over.
+        approximate, where blocks are not recomputed. Taken is the lowest rung of the same cost, if it fits too. The
+        peaks along the ladder are estimates; what is found is simulated in full, and searched again for less if it is
+        over.
         """
         tensor_budget_bytes = tensors_within(budget_bytes, self.analysis.device)
         if self.analysis.baseline.tensor_bytes <= tensor_budget_bytes:
             return Actions(), self.analysis.baseline
-        target_bytes = tensor_budget_bytes
+        target_bytes = self._target_of(tensor_budget_bytes)
         while True:
-            actions, peak = self._found_within(target_bytes)
-            confirmed = self.analysis.confirmed(actions, peak)
-            excess_bytes = confirmed.tensor_bytes - tensor_budget_bytes
-            if excess_bytes <= 0 or peak.tensor_bytes > target_bytes:  # it fits, or it is the tightest there is
-                return actions, confirmed
+            actions, estimate = self._found_within(target_bytes)
+            peak = self.analysis.peak(actions)
+            excess_bytes = peak.tensor_bytes - tensor_budget_bytes
+            if excess_bytes <= 0 or estimate.tensor_bytes > target_bytes:  # it fits, or it is the tightest there is
+                return actions, peak
             target_bytes -= excess_bytes
+
+    def expected_cost(self, budget_bytes: int) -> float:
+        """What the first of these would cost, infinitely much if its estimate is over."""
+        target_bytes = self._target_of(tensors_within(budget_bytes, self.analysis.device))
+        actions, estimate = self._found_within(target_bytes)
+        return self.problem.cost(actions) if estimate.tensor_bytes <= target_bytes else math.inf
+
+    def _target_of(self, tensor_budget_bytes: int) -> int:
+        """The budget for estimates: those of a compiled step are about as much off as that of the untouched one is."""
+        return tensor_budget_bytes + max(0, self._untouched.tensor_bytes - self.analysis.baseline.tensor_bytes)
 
     def _found_within(self, tensor_budget_bytes: int) -> tuple[Actions, Peak]:
         if self._untouched.tensor_bytes <= tensor_budget_bytes:
@@ -72,7 +83,7 @@ class Search:
         for actions in reversed([self.problem.all_at(index) for index in range(most)]):
             if self.problem.cost(actions) >= self.problem.cost(found[0]):
                 continue
-            peak = self.analysis.peak(actions)
+            peak = self.analysis.estimate(actions)
             if peak.tensor_bytes > tensor_budget_bytes:
                 break
             found = actions, peak
@@ -99,7 +110,7 @@ class Search:
         most = max((len(candidate.sizes) for candidate in self.problem.offered), default=0)
         for index in range(0 if self.problem.sizes_matter else most):
             actions = self.problem.all_at(index)
-            peak = self.analysis.peak(actions)
+            peak = self.analysis.estimate(actions)
             if peak.tensor_bytes <= tensor_budget_bytes:
                 return actions, peak
         return self._tightest
@@ -143,7 +154,7 @@ class Search:
             return self._tightest
         if levels not in self._simulated:
             actions = self.problem.actions(levels)
-            self._simulated[levels] = actions, self.analysis.peak(actions)
+            self._simulated[levels] = actions, self.analysis.estimate(actions)
         return self._simulated[levels]
 
     def _target(self, rung: int) -> int:
@@ -179,13 +190,13 @@ class Search:
     @cached_property
     def _bottom(self) -> Peak:
         """The peak of what the lowest rung of the ladder stands for."""
-        return self.analysis.peak(self.problem.actions(highest_levels(self.problem.items)))
+        return self.analysis.estimate(self.problem.actions(highest_levels(self.problem.items)))
 
     @cached_property
     def tightest(self) -> tuple[Actions, Peak]:
         """The actions of the smallest peak among: nothing, everything compressed, everything recomputed, and both."""
-        actions, peak = self._tightest
-        return actions, self.analysis.confirmed(actions, peak)
+        actions, _ = self._tightest
+        return actions, self.analysis.peak(actions)
 
     @cached_property
     def _tightest(self) -> tuple[Actions, Peak]:
@@ -193,12 +204,12 @@ class Search:
         if self.problem.offered:
             for index in (-1,) if self.problem.sizes_matter else (0, -1):
                 actions = self.problem.all_at(index)
-                found.append((actions, self.analysis.peak(actions)))
+                found.append((actions, self.analysis.estimate(actions)))
         if self.problem.blocks:
             alone = self.problem.all_recomputed()
             covered = () if self.analysis.is_factored else alone.recomputed
             besides = [c for c in self.problem.candidates if c.region not in covered]
             mixed = Actions({c.key: c.sizes[-1] for c in besides}, alone.recomputed)
             for actions in (alone, mixed) if besides else (alone,):
-                found.append((actions, self.analysis.peak(actions)))
+                found.append((actions, self.analysis.estimate(actions)))
         return min([*found, (Actions(), self._untouched)], key=lambda pair: pair[1].peak_bytes)

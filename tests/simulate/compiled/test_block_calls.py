@@ -28,10 +28,10 @@ def calls(kinds: str) -> list[BlockCall]:
     ("kinds", "apart"),
     [
         ("", ""),
-        ("aaaaaaaa", "........"),
-        ("aaaaaaaaa", ".xxxxxxx."),
-        ("aaaaabbbbb", ".xxxxxxxx."),
-        ("aa-aaaaaaa", ".x.xxxxxx."),
+        ("aaaaaaaaaaaa", "............"),
+        ("aaaaaaaaaaaaa", ".xxxxxxxxxxx."),
+        ("aaaaaaabbbbbbb", ".xxxxxxxxxxxx."),
+        ("aa-aaaaaaaaaaa", ".x.xxxxxxxxxx."),
     ],
 )
 def test_calls_between_the_first_and_the_last_are_compiled_apart(kinds: str, apart: str) -> None:

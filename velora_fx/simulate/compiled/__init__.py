@@ -1,12 +1,12 @@
 """The same step as it runs under torch.compile."""
 
-from velora_fx.simulate.compiled.block_calls import ALL_JOINED, all_calls, but_the_ends, inner_calls, no_calls
+from velora_fx.simulate.compiled.block_calls import MOST_JOINED, all_calls, but_the_ends, inner_calls
 from velora_fx.simulate.compiled.inductor import Inductor, Observe
 from velora_fx.simulate.compiled.per_block import compile_blocks
 from velora_fx.simulate.compiled.program import Apart, ObserverOf, compiled_forward, unobserved
 
 __all__ = [
-    "ALL_JOINED",
+    "MOST_JOINED",
     "Apart",
     "Inductor",
     "Observe",
@@ -16,6 +16,5 @@ __all__ = [
     "compile_blocks",
     "compiled_forward",
     "inner_calls",
-    "no_calls",
     "unobserved",
 ]

@@ -24,7 +24,7 @@ from velora_fx.runtime import make_call
 from velora_fx.simulate import as_compiled
 from velora_fx.simulate.compiled.block_graphs import BlockGraphs
 
-ALL_JOINED = 8
+MOST_JOINED = 12  # calls of blocks: a larger graph takes a compiler minutes
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,13 @@ def record(
 
 
 def inner_calls(calls: Sequence[BlockCall]) -> frozenset[int]:
-    """The numbers of the calls to compile apart, so that of equal ones only one is: all with graphs, but for the ends.
+    """The numbers of the calls to compile apart where the truth is asked for: none of up to MOST_JOINED, as
+    `torch.compile` has it, else all but the first and the last.
 
-    The first and the last block are compiled with what surrounds them: there the peaks of a step are. Of no more than
-    ALL_JOINED calls none is apart: the compiler orders the operations of a graph by the peak of all of it, which few
-    blocks apart do not show.
+    These two are compiled with what surrounds them: there the peaks of a step are. Of more calls the graph would take a
+    compiler minutes, where of equal blocks apart one is compiled.
     """
-    return frozenset() if len(calls) <= ALL_JOINED else but_the_ends(calls)
+    return frozenset() if len(calls) <= MOST_JOINED else but_the_ends(calls)
 
 
 def but_the_ends(calls: Sequence[BlockCall]) -> frozenset[int]:
@@ -95,13 +95,8 @@ def but_the_ends(calls: Sequence[BlockCall]) -> frozenset[int]:
     return frozenset(number for number in range(1, len(calls) - 1) if calls[number].gm is not None)
 
 
-def no_calls(calls: Sequence[BlockCall]) -> frozenset[int]:
-    """None apart: the model as one graph, as `torch.compile` has it."""
-    return frozenset()
-
-
 def all_calls(calls: Sequence[BlockCall]) -> frozenset[int]:
-    """Each apart, so that what a graph keeps belongs to one block."""
+    """Each apart: what a graph keeps belongs to one block then, and each kind of block is compiled once."""
     return frozenset(range(len(calls)))
 
 

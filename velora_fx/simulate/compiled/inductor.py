@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -46,7 +47,7 @@ class Inductor:
         """
         key = (structure(gm), *(describe(tensor) for tensor in inputs))
         if key not in self.compiled:
-            with isolated(), without_function_modes(), kernels_of(self.device):
+            with isolated(), without_function_modes(), without_collector(), kernels_of(self.device):
                 likes = [_like(tensor) for tensor in inputs]  # what is compiled for stays with the compiled code
                 self.compiled[key] = _compile(gm, likes, self.timer)
         graph = self.compiled[key]
@@ -67,6 +68,18 @@ def without_function_modes() -> Iterator[None]:
     finally:
         for mode in reversed(modes):
             torch._C._push_on_torch_function_stack(mode)
+
+
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """Keeps Python's collector of cycles away, which would look at the many objects of a compiler all the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:
