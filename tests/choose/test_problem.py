@@ -24,12 +24,8 @@ def analysis_of(model: nn.Module, batch: dict[str, Tensor], **options: object) -
     return analyse(model, (), batch, wanted, torch.device("cpu"), lambda step: None)
 
 
-@pytest.mark.parametrize(("gradients", "optimizer"), [("dense", "sgd"), ("factored", "adamw")])
-def test_what_the_solver_takes_a_choice_to_be_is_what_is_simulated(
-    gradients: Literal["dense", "factored"], optimizer: str
-) -> None:
-    batch = {"x": rows(16, 32)}
-    analysis = analysis_of(without_dropout(stack(num_blocks=3)), batch, gradients=gradients, optimizer=optimizer)
+def assert_expected(analysis: Analysis) -> None:
+    """The solver takes some choices to be what they are in a simulation."""
     problem = Problem(analysis, compresses=True, recomputes=False)
     choices, drawn = random.Random(0), set()
     for _ in range(5):
@@ -40,6 +36,22 @@ def test_what_the_solver_takes_a_choice_to_be_is_what_is_simulated(
         assert expected == pytest.approx(peak, rel=1e-4)
         drawn.add(peak)
     assert len(drawn) == 5 and analysis.baseline.tensor_bytes > max(drawn)
+
+
+@pytest.mark.parametrize(("gradients", "optimizer"), [("dense", "sgd"), ("factored", "adamw")])
+def test_what_the_solver_takes_a_choice_to_be_is_what_is_simulated(
+    gradients: Literal["dense", "factored"], optimizer: str
+) -> None:
+    batch = {"x": rows(16, 32)}
+    assert_expected(analysis_of(without_dropout(stack(num_blocks=3)), batch, gradients=gradients, optimizer=optimizer))
+
+
+def test_so_it_is_where_the_peak_is_what_an_optimizer_makes_of_all_gradients_at_once() -> None:
+    model = without_dropout(stack(num_blocks=3, width=128))
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    analysis = analysis_of(model, {"x": rows(1, 2, 128)}, gradients="factored", optimizer=optimizer)
+    assert analysis.baseline.moment == "optimizer step"
+    assert_expected(analysis)
 
 
 class Products(nn.Module):

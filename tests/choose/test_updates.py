@@ -31,17 +31,18 @@ def test_freed_is_all_but_one_part_in_m_of_state_and_gradient_less_the_carriers(
     analysis = analysed("adamw")
     candidates = analysis.candidates
     freed = find_freed(analysis.findings, candidates, [candidate.sizes for candidate in candidates])
-    assert len(freed) == 2 * len(candidates)  # each of one weight here
     end = len(analysis.findings.timeline.deltas)
     for index, candidate in enumerate(candidates):
         num_bytes = 4 * candidate.num_weights
-        state, gradient = (one for one in freed if one.item.tied_to == (index,))
+        state, gradient, *scratch = (one for one in freed if one.item.tied_to == (index,))  # each of one weight here
         for size, from_state, from_gradient in zip(
             candidate.sizes, state.item.savings, gradient.item.savings, strict=True
         ):
             assert abs(from_state - (2 * num_bytes - 3 * num_bytes / size)) <= 5
             assert abs(from_gradient - (num_bytes - num_bytes / size)) <= 1
         assert (state.first, state.end) == (0, end) and 0 < gradient.first < gradient.end == end
+        assert {one.item.savings for one in scratch} == {gradient.item.savings}
+        assert all(gradient.first < one.first < one.end < end for one in scratch)
 
 
 def test_without_an_optimizer_only_gradients_are_freed():

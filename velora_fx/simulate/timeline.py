@@ -141,16 +141,19 @@ class Timeline:
         """The category of a storage, "temporary" for one that was given none."""
         return self.categories.get(storage, "temporary")
 
+    def start_of(self, moment: str) -> int:
+        """The first event of a moment."""
+        return next(start for start, name in self.marks if name == moment)
+
     def bytes_at_start_of(self, moment: str) -> int:
         """Bytes in use when a moment begins."""
-        start = next(start for start, name in self.marks if name == moment)
-        return int(self.live_bytes[start - 1])
+        return int(self.live_bytes[self.start_of(moment) - 1])
 
     @property
     def saved_bytes(self) -> int:
         """Bytes of the step's own tensors in use when backward begins."""
-        start = next(start for start, name in self.marks if name == "backward")
-        return sum(size for s, size in self.live(start - 1).items() if self.category(s) in ("activations", "temporary"))
+        live = self.live(self.start_of("backward") - 1)
+        return sum(size for s, size in live.items() if self.category(s) in ("activations", "temporary"))
 
     @cached_property
     def curve(self) -> Curve:
