@@ -57,21 +57,21 @@ def planned_stack() -> nn.Module:
     return compressed_stack(is_compiled=True, has_dropout=False)
 
 
-def planned() -> LlamaForCausalLM:
-    return copy.deepcopy(planned_once())
+def planned(compiled: Any = True) -> LlamaForCausalLM:
+    return copy.deepcopy(planned_once(compiled))
 
 
 @cache
-def planned_once() -> LlamaForCausalLM:
+def planned_once(compiled: Any) -> LlamaForCausalLM:
     """What is compressed is planned for eager code, which takes less time."""
     model = llama()
-    return velora_fx.apply(model, replace(tightest(model, ids()), compiled=True), ids())  # type: ignore[no-any-return]
+    return velora_fx.apply(model, replace(tightest(model, ids()), compiled=compiled), ids())  # type: ignore[no-any-return]
 
 
 @pytest.mark.filterwarnings("error:velora_fx")
 @pytest.mark.parametrize("way", ["wrapped", "in place", "blocks"])
 def test_arguments_that_were_not_planned_with_do_not_end_compression(way: str) -> None:
-    model = planned()
+    model = planned("blocks" if way == "blocks" else True)
     eager, backend = copy.deepcopy(model), Counting()
     batch = {**ids(), "num_items_in_batch": torch.tensor(28), "use_cache": False}
     run = torch.compile(model, backend=backend) if way == "wrapped" else model

@@ -110,11 +110,12 @@ def compressed(model: nn.Module, *args: Tensor, **options: Any) -> nn.Module:
 def compressed_stack(is_compiled: bool = False, has_dropout: bool = True) -> Any:
     """A `Stack` with everything compressed that can be, by a plan that is made once, of an eager step."""
     model = stack() if has_dropout else without_dropout(stack())
-    return velora_fx.apply(model, replace(_stack_plan(), compiled=is_compiled), (rows(),))
+    return velora_fx.apply(model, replace(stack_plan(), compiled=is_compiled), (rows(),))
 
 
 @cache
-def _stack_plan() -> velora_fx.Plan:
+def stack_plan() -> velora_fx.Plan:
+    """The tightest plan for a `Stack`."""
     return tightest(stack(), (rows(),))
 
 

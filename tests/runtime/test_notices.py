@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import velora_fx
 from tests.helpers.notices import said_by
-from tests.helpers.toys import Of, compressed_stack, rows
+from tests.helpers.toys import Of, compressed_stack, rows, stack, stack_plan, without_dropout
+from velora_fx.plans import Recomputed
 from velora_fx.runtime.region import MAX_GRAPHS
 
 
@@ -92,6 +95,38 @@ def test_a_compiled_plan_is_silent_where_it_is_compiled() -> None:
     model = compressed_stack(is_compiled=True, has_dropout=False)
     run = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert said_by(lambda: [run(rows()) for _ in range(8)]) == []
+
+
+@pytest.mark.parametrize("planned", [True, "blocks"])
+@pytest.mark.parametrize("ran", [True, "blocks"])
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_a_compiled_plan_says_once_that_the_model_is_compiled_in_the_other_way(
+    planned: Any, ran: Any, recomputes: bool
+) -> None:
+    model = without_dropout(stack())
+    plan = replace(stack_plan(), compiled=planned)
+    if recomputes:
+        blocks = tuple(Recomputed(f"blocks.{number}", "all") for number in range(3))
+        plan = replace(plan, decisions=(), recomputed=blocks)
+    velora_fx.apply(model, plan, (rows(),))
+    run = model
+    if ran is True:
+        run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    else:
+        for block in model.blocks:
+            block.compile(backend="aot_eager", fullgraph=True)
+    said = said_by(lambda: [run(rows()) for _ in range(2)])
+    texts = {True: "compiled in one graph with others", "blocks": "is compiled by itself"}
+    assert len(said) == (planned != ran) and all(texts[ran] in text for text in said)
+
+
+def test_an_eager_plan_of_recompute_alone_says_that_its_model_is_compiled() -> None:
+    model = without_dropout(stack())
+    plan = replace(stack_plan(), decisions=(), recomputed=(Recomputed("blocks.1", "all"),))
+    velora_fx.apply(model, plan, (rows(),))
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    (text,) = said_by(lambda: [run(rows()) for _ in range(2)])
+    assert "runs under torch.compile" in text
 
 
 def test_a_fall_back_in_compiled_code_is_said_with_what_differs() -> None:

@@ -98,10 +98,8 @@ def _check_inputs(state: Mapping[str, torch.Tensor], leaves: Iterable[Any]) -> N
 
 def _exported(call: _FlatCall, state: list[torch.Tensor], tensors: list[torch.Tensor]) -> ExportedProgram:
     free = [{dim: Dim.AUTO for dim, size in enumerate(tensor.shape) if size != 1} for tensor in tensors]
-    shapes = ([*([None] * len(state)), *free],)
-    inputs = fakes_of([*state, *tensors])
     try:
-        return torch.export.export(_Shim(call.of_tensors), (inputs,), dynamic_shapes=shapes, strict=False)
+        return export_function(call.of_tensors, [*state, *tensors], [*([None] * len(state)), *free])
     except CaptureError:
         raise
     except Exception as error:
@@ -119,8 +117,17 @@ def _check_attributes(module: torch.nn.Module, reads: Iterable[tuple[str, ...]],
         raise CaptureError(f"its forward sets the attribute {changed[0]}, which a graph would not do")
 
 
+def export_function(
+    function: Callable[[list[torch.Tensor]], list[Any]], like: list[torch.Tensor], shapes: list[Any] | None = None
+) -> ExportedProgram:
+    """The program of a function of a list of tensors, for fake ones like the given; `shapes` are their free dimensions,
+    as `torch.export` takes them (default: none)."""
+    dynamic_shapes = None if shapes is None else (shapes,)
+    return torch.export.export(_Shim(function), (_fakes_of(like),), dynamic_shapes=dynamic_shapes, strict=False)
+
+
 class _Shim(torch.nn.Module):
-    """A function of one flat list of tensors as the module that torch.export takes."""
+    """A function as the module that torch.export takes."""
 
     def __init__(self, function: Callable[[list[torch.Tensor]], list[Any]]) -> None:
         super().__init__()
@@ -172,7 +179,7 @@ class _FlatCall(torch.nn.Module):
         return output
 
 
-def fakes_of(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+def _fakes_of(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Fake tensors like the given ones, with sizes of their own that export may make symbols of."""
     with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
         return [

@@ -70,7 +70,7 @@ class Planner:
         """The cheapest that the searches find within the budget; those that expect nothing or nothing better are left
         out."""
         best, least = None, math.inf
-        expected = [(search.expected_cost(budget_bytes), search) for search in searches]
+        expected = [(search.expected(budget_bytes)[0], search) for search in searches]
         for cost, search in sorted(expected, key=lambda pair: pair[0]):
             if least <= cost:
                 break
@@ -126,7 +126,10 @@ class Planner:
             return Exact("untouched", True, untouched.peak_bytes, untouched.step_seconds)
         if not self.analysis.blocks:
             return None
-        _, peak = self._search(*EXACT, None).within(budget_bytes)
+        search = self._search(*EXACT, None)
+        cost, peak = search.expected(budget_bytes)
+        if cost < math.inf:
+            _, peak = search.within(budget_bytes)
         return Exact("checkpointing", peak.peak_bytes <= budget_bytes, peak.peak_bytes, peak.step_seconds)
 
     def _unreachable(self, plan: Plan) -> str:

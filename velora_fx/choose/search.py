@@ -54,11 +54,11 @@ class Search:
                 return actions, peak
             target_bytes -= excess_bytes
 
-    def expected_cost(self, budget_bytes: int) -> float:
-        """What the first of these would cost, infinitely much if its estimate is over."""
+    def expected(self, budget_bytes: int) -> tuple[float, Peak]:
+        """What the first of these would cost, infinitely much if its estimate is over, and that estimate."""
         target_bytes = self._target_of(tensors_within(budget_bytes, self.analysis.device))
         actions, estimate = self._found_within(target_bytes)
-        return self.problem.cost(actions) if estimate.tensor_bytes <= target_bytes else math.inf
+        return self.problem.cost(actions) if estimate.tensor_bytes <= target_bytes else math.inf, estimate
 
     def _target_of(self, tensor_budget_bytes: int) -> int:
         """The budget for estimates: those of a compiled step are about as much off as that of the untouched one is."""

@@ -42,6 +42,8 @@ class Checkpointed(StandIn):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.removed or not self.block.training or not torch.is_grad_enabled():
             return self.original(*args, **kwargs)
+        if not isinstance(self.previous, StandIn):
+            self.notices.check_target(self)
         is_told = bool(vars(self.block).get("gradient_checkpointing"))  # by Hugging Face's trainers: it does so itself
         if not torch.compiler.is_compiling():
             self.num_calls += 1

@@ -11,7 +11,15 @@ from torch.fx import GraphModule
 from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from velora_fx.capture import call_with, fakes_of, isolated, own_forward, plain_graph_module, state_of, tensors_inside
+from velora_fx.capture import (
+    call_with,
+    export_function,
+    isolated,
+    own_forward,
+    plain_graph_module,
+    state_of,
+    tensors_inside,
+)
 from velora_fx.passes import PREPARE, run
 
 
@@ -26,18 +34,17 @@ def filling_graph(
     leaves, spec = _pytree.tree_flatten((args, kwargs), is_leaf=lambda value: any(value is cache for cache in caches))
     state = state_of(block)
 
-    class Shim(torch.nn.Module):
-        def forward(self, ts: list[torch.Tensor]) -> list[Any]:
-            given = iter(ts[len(state) :])
-            with _disable_current_modes():  # a cache may hold tensors, of which tracing would lose track
-                copies = [leaf if isinstance(leaf, torch.Tensor) else copy.deepcopy(leaf) for leaf in leaves]
-            filled = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in copies]
-            call_args, call_kwargs = _pytree.tree_unflatten(filled, spec)
-            output = call_with(block, dict(zip(state, ts, strict=False)), call_args, call_kwargs)
-            held = [t for leaf in filled if not isinstance(leaf, torch.Tensor) for t in tensors_inside(leaf)]
-            return [*(leaf for leaf in _pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)), *held]
+    def filled(ts: list[torch.Tensor]) -> list[Any]:
+        given = iter(ts[len(state) :])
+        with _disable_current_modes():  # a cache may hold tensors, of which tracing would lose track
+            copies = [leaf if isinstance(leaf, torch.Tensor) else copy.deepcopy(leaf) for leaf in leaves]
+        values = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in copies]
+        call_args, call_kwargs = _pytree.tree_unflatten(values, spec)
+        output = call_with(block, dict(zip(state, ts, strict=False)), call_args, call_kwargs)
+        held = [t for value in values if not isinstance(value, torch.Tensor) for t in tensors_inside(value)]
+        return [*(leaf for leaf in _pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)), *held]
 
     inputs = [*state.values(), *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))]
     with isolated(), own_forward(block, None):
-        program = torch.export.export(Shim(), (fakes_of(inputs),), strict=False)
+        program = export_function(filled, inputs)
     return run(plain_graph_module(program, list(state)), PREPARE)

@@ -17,7 +17,7 @@ from velora_fx.capture import (
     attached_to,
     call_with,
     carriers_of,
-    fakes_of,
+    export_function,
     isolated,
     plain_graph_module,
     refusals,
@@ -75,27 +75,26 @@ def trace(
     tensors = tensors_of((args, kwargs))
     result: dict[str, Any] = {}
 
-    class Shim(torch.nn.Module):
-        def forward(self, ts: list[torch.Tensor]) -> list[Any]:
-            given = iter(ts[len(state) :])
-            filled = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-            call_args, call_kwargs = _pytree.tree_unflatten(filled, spec)
-            named = dict(zip(state, ts, strict=False))
-            for name, tensor in named.items():
-                vars(tensor).update(attached[name])
-            marks = replay(model, calls, list(given), passed_by)
-            with marks as marked, refusals(own_backwards=True), as_compiled():
-                output = call_with(model, named, call_args, call_kwargs)
-            result["leaves"], result["structure"] = _pytree.tree_flatten(output)
-            held = [tensor for leaf in result["leaves"] if _is_cache(leaf) for tensor in tensors_inside(leaf)]
-            results = [*tensors_of(result["leaves"]), *held]
-            result["num_results"] = len(results)
-            return [*results, *marked]
+    def forward(ts: list[torch.Tensor]) -> list[Any]:
+        given = iter(ts[len(state) :])
+        filled = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        call_args, call_kwargs = _pytree.tree_unflatten(filled, spec)
+        named = dict(zip(state, ts, strict=False))
+        for name, tensor in named.items():
+            vars(tensor).update(attached[name])
+        marks = replay(model, calls, list(given), passed_by)
+        with marks as marked, refusals(own_backwards=True), as_compiled():
+            output = call_with(model, named, call_args, call_kwargs)
+        result["leaves"], result["structure"] = _pytree.tree_flatten(output)
+        held = [tensor for leaf in result["leaves"] if _is_cache(leaf) for tensor in tensors_inside(leaf)]
+        results = [*tensors_of(result["leaves"]), *held]
+        result["num_results"] = len(results)
+        return [*results, *marked]
 
     inputs = [*state.values(), *tensors, *(tensor for call in calls for tensor in call.outputs)]
     try:
         with isolated():
-            program = torch.export.export(Shim(), (fakes_of(inputs),), strict=False)
+            program = export_function(forward, inputs)
     except UnequalError:
         raise
     except Exception as error:
