@@ -17,7 +17,7 @@ LAYERS = (
     ("capture",),
     ("runtime",),
     ("simulate",),
-    ("simulate.compiled",),
+    ("simulate.equal_blocks", "simulate.compiled"),
     ("report",),
     ("analyse",),
     ("choose",),

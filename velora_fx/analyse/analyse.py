@@ -18,7 +18,7 @@ from velora_fx.analyse.plan_checks import inputs_of
 from velora_fx.analyse.probe import Findings, Use, probe
 from velora_fx.analyse.recomputable import Block, find_recomputable
 from velora_fx.analyse.simulator import Simulator
-from velora_fx.analyse.steps import Rehearsal
+from velora_fx.analyse.rehearsal import Rehearsal
 from velora_fx.analyse.wrapped import check_unwrapped
 from velora_fx.capture import (
     UnequalError,
@@ -35,7 +35,8 @@ from velora_fx.runtime import (
     CHECKPOINTED,
     optimizer_factory,
 )
-from velora_fx.simulate import WHOLE, BlockTracker, Shortened, ShownStep, Timeline, shorten
+from velora_fx.simulate import Timeline
+from velora_fx.simulate.equal_blocks import WHOLE, BlockTracker, Shortened, ShownStep, shorten
 
 KERNELS: Mapping[type, str] = {torch.nn.LSTM: "LSTM layers", torch.nn.modules.conv._ConvNd: "convolutions"}
 

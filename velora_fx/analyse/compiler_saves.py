@@ -10,8 +10,9 @@ from velora_fx.analyse.candidates import full_name
 from velora_fx.analyse.probe import Findings
 from velora_fx.passes.find_products import find_products
 from velora_fx.passes.kept_for_backward import Kept
-from velora_fx.simulate import BlockTracker, Saving
+from velora_fx.simulate import Saving
 from velora_fx.simulate.compiled import Observe
+from velora_fx.simulate.equal_blocks import BlockTracker
 
 
 class KeptTensors:

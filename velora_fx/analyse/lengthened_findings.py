@@ -8,7 +8,8 @@ from typing import TypeVar
 
 from velora_fx.analyse.probe import Findings, Use
 from velora_fx.capture import UnequalError
-from velora_fx.simulate import Repetition, Saving, Shortened, ShownStep, lengthen, renaming
+from velora_fx.simulate import Saving
+from velora_fx.simulate.equal_blocks import Repetition, Shortened, ShownStep, lengthen, renaming
 
 Value = TypeVar("Value")
 

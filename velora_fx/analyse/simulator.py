@@ -12,11 +12,12 @@ from velora_fx.analyse.actions import Actions
 from velora_fx.analyse.candidates import Candidate, by_consumers
 from velora_fx.analyse.probe import Findings
 from velora_fx.analyse.region_plans import region_plans
-from velora_fx.analyse.steps import Rehearsal
+from velora_fx.analyse.rehearsal import Rehearsal
 from velora_fx.capture import UnequalError
 from velora_fx.runtime import Notices, Recompute, RegionPlan, install, install_checkpointing, uninstall
-from velora_fx.simulate import Shortened, ShownStep, Timeline, lengthen, shorten
+from velora_fx.simulate import Timeline
 from velora_fx.simulate.compiled import MOST_JOINED, all_calls, but_the_ends, inner_calls
+from velora_fx.simulate.equal_blocks import Shortened, ShownStep, lengthen, shorten
 
 Result = TypeVar("Result")
 

@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from velora_fx.capture import attached_tensors, named_tensors, tensors_inside
 from velora_fx.devices import ALLOCATOR_BLOCK_BYTES
 from velora_fx.runtime import OptimizerFactory
-from velora_fx.simulate.block_tracker import BlockTracker
 from velora_fx.simulate.fake import as_compiled, kernels_of
 from velora_fx.simulate.finite import FiniteValues, place_in
 from velora_fx.simulate.roofline import StepTimer
@@ -148,19 +147,6 @@ def _without_autocast() -> Iterator[None]:
 def make_tracker(model: torch.nn.Module, device: torch.device) -> Tracker:
     """The tracker of a step of this model on a device."""
     return Tracker(ALLOCATOR_BLOCK_BYTES.get(device.type, 1), Scopes(model))
-
-
-def make_block_tracker(
-    model: torch.nn.Module,
-    device: torch.device,
-    blocks: Sequence[str],
-    timer: StepTimer,
-    rounding_bytes: int | None = None,
-) -> BlockTracker:
-    """The tracker of a step of this model on a device that tells events of these blocks apart; `rounding_bytes` are by
-    default those of the device's allocator."""
-    rounding_bytes = rounding_bytes or ALLOCATOR_BLOCK_BYTES.get(device.type, 1)
-    return BlockTracker(rounding_bytes, Scopes(model), blocks, timer)
 
 
 def _watch_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, tracker: Tracker) -> None:

@@ -9,7 +9,7 @@ from itertools import groupby
 import torch
 
 from velora_fx.capture import LeftOut, PassedOn, note_calls
-from velora_fx.simulate.equal_blocks import SHOWN
+from velora_fx.simulate.equal_blocks.rows import SHOWN
 
 
 @dataclass(frozen=True)

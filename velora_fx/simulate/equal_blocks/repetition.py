@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from velora_fx.capture import UnequalError
-from velora_fx.simulate.block_tracker import NO_BLOCK, ShownStep
-from velora_fx.simulate.renaming import renaming
-from velora_fx.simulate.shortened import Stretch
+from velora_fx.simulate.equal_blocks.block_tracker import NO_BLOCK, ShownStep
+from velora_fx.simulate.equal_blocks.renaming import renaming
+from velora_fx.simulate.equal_blocks.shorten import Stretch
 from velora_fx.simulate.timeline import Label, Place, Timeline
 
 Ints = NDArray[np.int64]

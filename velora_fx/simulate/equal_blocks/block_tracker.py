@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from velora_fx.devices import Device
+from velora_fx.devices import ALLOCATOR_BLOCK_BYTES, Device
 from velora_fx.simulate.roofline import StepTimer, bytes_behind, tensors_among
 from velora_fx.simulate.scopes import Scopes
 from velora_fx.simulate.timeline import Timeline
@@ -149,3 +149,16 @@ class BlockTracker(Tracker):  # type: ignore[no-untyped-call]
         self.lists.append(ListOperator(tuple(blocks), tuple(num_bytes), others, self.timer.seconds - self._timed))
         self._timed = self.timer.seconds
         return result
+
+
+def make_block_tracker(
+    model: torch.nn.Module,
+    device: torch.device,
+    blocks: Sequence[str],
+    timer: StepTimer,
+    rounding_bytes: int | None = None,
+) -> BlockTracker:
+    """The tracker of a step of this model on a device that tells events of these blocks apart; `rounding_bytes` are by
+    default those of the device's allocator."""
+    rounding_bytes = rounding_bytes or ALLOCATOR_BLOCK_BYTES.get(device.type, 1)
+    return BlockTracker(rounding_bytes, Scopes(model), blocks, timer)

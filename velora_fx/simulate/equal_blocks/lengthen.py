@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 
 from velora_fx.capture import UnequalError
-from velora_fx.simulate.block_tracker import ListOperator, ShownStep
-from velora_fx.simulate.renaming import renamed, renaming
-from velora_fx.simulate.repetition import Repetition
-from velora_fx.simulate.shortened import Shortened
+from velora_fx.simulate.equal_blocks.block_tracker import ListOperator, ShownStep
+from velora_fx.simulate.equal_blocks.renaming import renamed, renaming
+from velora_fx.simulate.equal_blocks.repetition import Repetition
+from velora_fx.simulate.equal_blocks.shorten import Shortened
 from velora_fx.simulate.timeline import Timeline
 
 

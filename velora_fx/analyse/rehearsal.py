@@ -15,24 +15,15 @@ from velora_fx.devices import device_rates
 from velora_fx.options import Options
 from velora_fx.runtime import optimizer_factory, remove_carriers, uninstall, unwatch
 from velora_fx.simulate import (
-    WHOLE,
-    BlockTracker,
-    Shortened,
-    ShownStep,
     StepTimer,
     Timeline,
     Tracker,
     default_loss,
     fake_copy,
     fake_mode,
-    find_rows,
-    make_block_tracker,
     make_tracker,
-    note_all,
-    shorten,
     simulate,
     simulate_forward,
-    stand_ins,
 )
 from velora_fx.simulate.compiled import (
     Apart,
@@ -42,6 +33,17 @@ from velora_fx.simulate.compiled import (
     compile_blocks,
     compiled_forward,
     unobserved,
+)
+from velora_fx.simulate.equal_blocks import (
+    WHOLE,
+    BlockTracker,
+    Shortened,
+    ShownStep,
+    find_rows,
+    make_block_tracker,
+    note_all,
+    shorten,
+    stand_ins,
 )
 
 Graphs = Mapping[str, Sequence[RegionGraph]]
