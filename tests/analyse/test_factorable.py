@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from velora_fx.analyse.factorable import not_factorable
-from velora_fx.analyse.probe import Use
+from velora_fx.analyse.trial import Use
 
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:

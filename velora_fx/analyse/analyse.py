@@ -10,15 +10,12 @@ from typing import Any
 import torch
 
 from velora_fx.analyse.actions import Actions
-from velora_fx.analyse.candidates import Candidate, find_candidates, full_name
-from velora_fx.analyse.compiler_saves import KeptTensors
+from velora_fx.analyse.candidates import Candidate, find_candidates
 from velora_fx.analyse.factorable import not_factorable
-from velora_fx.analyse.lengthened_findings import lengthen_findings
 from velora_fx.analyse.plan_checks import inputs_of
-from velora_fx.analyse.probe import Findings, Use, probe
 from velora_fx.analyse.recomputable import Block, find_recomputable
 from velora_fx.analyse.simulator import Simulator
-from velora_fx.analyse.rehearsal import Rehearsal
+from velora_fx.analyse.trial import Findings, KeptTensors, Rehearsal, Use, full_name, lengthen_findings, probe
 from velora_fx.analyse.wrapped import check_unwrapped
 from velora_fx.capture import (
     UnequalError,

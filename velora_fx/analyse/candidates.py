@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from velora_fx.analyse.probe import Findings, Use
+from velora_fx.analyse.trial import Findings, Use, full_name
 from velora_fx.plans import Skipped
 from velora_fx.simulate import Saving, Timeline
 
@@ -64,11 +64,6 @@ def by_consumers(
 ) -> list[tuple[tuple[str, ...], int]]:
     """The linears of each candidate that is compressed, with its sub-token size."""
     return [(candidate.consumers, sizes[candidate.key]) for candidate in candidates if candidate.key in sizes]
-
-
-def full_name(region: str, part: str) -> str:
-    """The dotted name of a part of a region."""
-    return f"{region}.{part}" if region and part else region or part
 
 
 def offered_sizes(width: int, wanted: Sequence[int] | None) -> tuple[int, ...]:

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from velora_fx.analyse.candidates import full_name
-from velora_fx.analyse.probe import Use
+from velora_fx.analyse.trial import Use, full_name
 
 
 def not_factorable(parameters: Mapping[str, torch.nn.Parameter], uses: Iterable[Use], use: Use) -> str | None:

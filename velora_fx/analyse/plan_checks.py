@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from velora_fx.analyse.candidates import full_name
 from velora_fx.analyse.factorable import not_factorable
-from velora_fx.analyse.probe import Findings
 from velora_fx.analyse.region_plans import products_of, width_of
+from velora_fx.analyse.trial import Findings, full_name
 from velora_fx.capture import attached_tensors, carriers_of, named_tensors, parameter_names
 from velora_fx.devices import ALLOCATOR_BLOCK_BYTES
 from velora_fx.names import in_units

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from velora_fx.analyse.probe import Findings
+from velora_fx.analyse.trial import Findings
 from velora_fx.capture import find_blocks
 from velora_fx.passes.mutated_state import mutated_state
 from velora_fx.runtime import LEVELS, Recompute

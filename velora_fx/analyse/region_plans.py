@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch.fx import Node
 
-from velora_fx.analyse.candidates import full_name
-from velora_fx.analyse.probe import Findings, Use
+from velora_fx.analyse.trial import Findings, Use, full_name
 from velora_fx.ops import without_wrappers
 from velora_fx.passes.find_products import Product, find_products
 from velora_fx.passes.swap import Carrier, Choice

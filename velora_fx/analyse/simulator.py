@@ -10,9 +10,8 @@ import torch
 
 from velora_fx.analyse.actions import Actions
 from velora_fx.analyse.candidates import Candidate, by_consumers
-from velora_fx.analyse.probe import Findings
 from velora_fx.analyse.region_plans import region_plans
-from velora_fx.analyse.rehearsal import Rehearsal
+from velora_fx.analyse.trial import Findings, Rehearsal
 from velora_fx.capture import UnequalError
 from velora_fx.runtime import Notices, Recompute, RegionPlan, install, install_checkpointing, uninstall
 from velora_fx.simulate import Timeline

@@ -11,7 +11,7 @@ from torch.fx import Graph, GraphModule
 from torch.utils.checkpoint import checkpoint
 
 from tests.helpers.toys import Stack, rows, stack
-from velora_fx.analyse.probe import probe
+from velora_fx.analyse.trial import probe
 from velora_fx.capture import CaptureError
 from velora_fx.simulate import Tracker, fake_copy, fake_mode, simulate_forward
 from velora_fx.simulate.compiled import inner_calls

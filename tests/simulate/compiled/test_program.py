@@ -15,7 +15,7 @@ from tests.helpers.peaks import assert_near, assert_predicted, measured_peak, pr
 from tests.helpers.toys import Stack, rows, stack, without_dropout
 from tests.helpers.zoo import loss_of
 from velora_fx.analyse import Actions
-from velora_fx.analyse.probe import probe
+from velora_fx.analyse.trial import probe
 from velora_fx.devices import device_rates
 from velora_fx.simulate import StepTimer, Tracker, fake_copy, fake_mode, simulate_forward
 from velora_fx.simulate.compiled import Apart, Inductor, all_calls, compiled_forward, inner_calls, unobserved

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from velora_fx.analyse.overwrites import Overwrites
+from velora_fx.analyse.trial.overwrites import Overwrites
 from velora_fx.capture import (
     Call,
     Checkpoint,
@@ -29,6 +29,11 @@ from velora_fx.runtime import hooks_in, make_call
 from velora_fx.simulate import SavedTensors, Saving, Timeline, Tracker
 
 AnyTracker = TypeVar("AnyTracker", bound=Tracker)
+
+
+def full_name(region: str, part: str) -> str:
+    """The dotted name of a part of a region."""
+    return f"{region}.{part}" if region and part else region or part
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from velora_fx.analyse import Findings
-from velora_fx.analyse.compiler_saves import KeptTensors
-from velora_fx.analyse.probe import Use
+from velora_fx.analyse.trial.compiler_saves import KeptTensors
+from velora_fx.analyse.trial.probe import Use
 from velora_fx.passes.kept_for_backward import Kept
 from velora_fx.simulate import Tracker
 

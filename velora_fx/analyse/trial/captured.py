@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from velora_fx.analyse.probe import Findings, probe
-from velora_fx.analyse.rehearsal import Rehearsal
+from velora_fx.analyse.trial.probe import Findings, probe
+from velora_fx.analyse.trial.rehearsal import Rehearsal
 from velora_fx.options import Options
 from velora_fx.simulate import Tracker
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from velora_fx.analyse.candidates import full_name
-from velora_fx.analyse.probe import Findings
+from velora_fx.analyse.trial.probe import Findings, full_name
 from velora_fx.passes.find_products import find_products
 from velora_fx.passes.kept_for_backward import Kept
 from velora_fx.simulate import Saving

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from velora_fx.analyse.probe import Findings, Use
+from velora_fx.analyse.trial.probe import Findings, Use
 from velora_fx.capture import UnequalError
 from velora_fx.simulate import Saving
 from velora_fx.simulate.equal_blocks import Repetition, Shortened, ShownStep, lengthen, renaming
