@@ -34,7 +34,7 @@ def cut_at_calls(gm: GraphModule, calls: Sequence[Sequence[Node]], results: Sequ
             if opened:
                 raise ValueError(
                     "blocks are called within a no_grad or autocast stretch of the model's forward: enter autocast "
-                    "around the model, or use target='eager'"
+                    "around the model, or use compiled=False"
                 )
             reached = markers[node] + 1
         elif node.op == "call_function":

@@ -19,7 +19,7 @@ from velora_fx.devices import device_rates
 from velora_fx.passes.kept_for_backward import Kept
 from velora_fx.simulate import StepTimer, Tracker, fake_copy, fake_mode
 from velora_fx.simulate.compiled import Inductor
-from velora_fx.simulate.compiled.inductor import _generated, without_kernels
+from velora_fx.simulate.compiled.inductor import KEPT, CompiledGraph, _generated, without_kernels
 
 CPU = torch.device("cpu")
 
@@ -89,6 +89,41 @@ def test_equal_graphs_are_compiled_once_and_other_shapes_again() -> None:
         gm = prepared(module, torch.randn(64, 16, 32))
         inductor.run(gm, inputs(module, rows), unobserved)
     assert len(inductor.compiled) == 2
+
+
+def test_what_was_compiled_for_one_step_is_run_for_another_with_its_own_tensors_and_times() -> None:
+    module = block()
+    gm, others = prepared(module, torch.randn(64, 16, 32)), []
+    for _ in range(2):
+        other, given = compiler(), inputs(module)
+        (output,) = other.run(gm, given, unobserved)
+        output.sum().backward()
+        assert output.fake_mode is given[0].fake_mode  # type: ignore[attr-defined]
+        assert given[-1].grad.fake_mode is given[0].fake_mode  # type: ignore[union-attr]
+        others.append(other)
+    assert [*others[0].compiled.values()] == [*others[1].compiled.values()]
+    assert others[0].timer.seconds == others[1].timer.seconds > 0
+
+
+def test_where_the_compiler_is_told_otherwise_it_compiles_again() -> None:
+    module = block()
+    gm, compiled = prepared(module, torch.randn(64, 16, 32)), list[CompiledGraph]()
+    for level in (True, False):
+        with config.patch(pattern_matcher=level):
+            other = compiler()
+            other.run(gm, inputs(module), unobserved)
+            compiled += other.compiled.values()
+    assert compiled[0] is not compiled[1]
+
+
+def test_only_the_latest_graphs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("velora_fx.simulate.compiled.inductor.MOST_KEPT", 1)
+    module, used = block(), list[CompiledGraph]()
+    for rows in (64, 32, 64):
+        other = compiler()
+        other.run(prepared(module, torch.randn(64, 16, 32)), inputs(module, rows), unobserved)
+        used += other.compiled.values()
+    assert len(KEPT) == 1 and used[0] is not used[2]
 
 
 def test_what_the_forward_keeps_is_shown_with_what_it_is_kept_for() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -29,6 +29,7 @@ from velora_fx.simulate.compiled import (
     Apart,
     Inductor,
     ObserverOf,
+    Trace,
     all_calls,
     compile_blocks,
     compiled_forward,
@@ -179,7 +180,7 @@ class Rehearsal:
     ) -> Timeline:
         inputs = self._inputs("none")
         fake.forward = compiled_forward(
-            fake, *inputs, graphs, self._compiler, observer_of, tracker.inside, apart, self.passed_by
+            fake, *inputs, graphs, self._compiler, observer_of, tracker.inside, apart, self.passed_by, self._traces
         )
         return self._step(fake, inputs, tracker)
 
@@ -204,6 +205,10 @@ class Rehearsal:
     @cached_property
     def _timer(self) -> StepTimer:
         return StepTimer(device_rates(self.device))
+
+    @cached_property
+    def _traces(self) -> dict[Hashable, Trace]:
+        return {}
 
     @cached_property
     def _compiler(self) -> Inductor:

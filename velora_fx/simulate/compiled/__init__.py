@@ -4,6 +4,7 @@ from velora_fx.simulate.compiled.block_calls import MOST_JOINED, all_calls, but_
 from velora_fx.simulate.compiled.inductor import Inductor, Observe
 from velora_fx.simulate.compiled.per_block import compile_blocks
 from velora_fx.simulate.compiled.program import Apart, ObserverOf, compiled_forward, unobserved
+from velora_fx.simulate.compiled.trace import Trace
 
 __all__ = [
     "MOST_JOINED",
@@ -11,6 +12,7 @@ __all__ = [
     "Inductor",
     "Observe",
     "ObserverOf",
+    "Trace",
     "all_calls",
     "but_the_ends",
     "compile_blocks",

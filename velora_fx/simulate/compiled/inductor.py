@@ -33,7 +33,8 @@ Observe = Callable[[Mapping[str, torch.Tensor], Mapping[str, Kept]], None]
 class Inductor:
     """Compiles graphs for fake inputs, equal ones once, and runs them; `device` is the one that is planned for.
 
-    `timer` is told of the kernels that run.
+    `timer` is told of the kernels that run. What was compiled lately by others is taken from them: who plans for
+    several budgets, or plans and then optimizes, compiles once.
     """
 
     device: torch.device
@@ -47,16 +48,46 @@ class Inductor:
         """
         key = (structure(gm), *(describe(tensor) for tensor in inputs))
         if key not in self.compiled:
-            with isolated(), without_function_modes(), without_collector(), kernels_of(self.device):
-                likes = [_like(tensor) for tensor in inputs]  # what is compiled for stays with the compiled code
-                self.compiled[key] = _compile(gm, likes, self.timer)
+            self.compiled[key] = self._kept_or_compiled(key, gm, inputs)
         graph = self.compiled[key]
+        graph.mode = next(tensor.fake_mode for tensor in inputs if isinstance(tensor, FakeTensor))
+        graph.timer = self.timer
         graph.observe.append(observe)
         try:
+            assert graph.call is not None
             outputs = graph.call(*inputs)
         finally:
             graph.observe.pop()
         return tuple(outputs)
+
+    def _kept_or_compiled(self, key: tuple[Any, ...], gm: GraphModule, inputs: Sequence[torch.Tensor]) -> CompiledGraph:
+        key = self.device, _settings(self.device), *key
+        graph = KEPT.pop(key, None)
+        if graph is None:
+            with isolated(), without_function_modes(), without_collector(), kernels_of(self.device):
+                likes = [_like(tensor) for tensor in inputs]  # what is compiled for stays with the compiled code
+                graph = _compile(gm, likes)
+        KEPT[key] = graph
+        for oldest in list(KEPT)[:-MOST_KEPT]:
+            KEPT.pop(oldest, None)
+        return graph
+
+
+def _settings(device: torch.device) -> tuple[Any, ...]:
+    """What else compiled code depends on."""
+    from torch._functorch import config as functorch_config
+    from torch._inductor import config
+
+    return (
+        torch.is_autocast_enabled(device.type),
+        torch.get_autocast_dtype(device.type),
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        config.get_hash(),
+        functorch_config.get_hash(),
+    )
 
 
 @contextlib.contextmanager
@@ -93,19 +124,43 @@ def _like(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class CompiledGraph:
-    """A compiled graph, what its backward needs each kept tensor for, and who watches the call in progress."""
+    """A compiled graph, what its backward needs each kept tensor for, and who watches the call in progress.
 
-    call: Callable[..., Any]
-    kept: dict[str, Kept]
-    observe: list[Observe]
+    `source` is the graph that it is of, whose constants it is known by. Its tensors are made in the fake mode, and its
+    kernels told to the timer, of who runs it.
+    """
+
+    source: GraphModule
+    call: Callable[..., Any] | None = None
+    kept: dict[str, Kept] = field(default_factory=dict)
+    observe: list[Observe] = field(default_factory=list)
+    mode: FakeTensorMode | None = None
+    timer: StepTimer | None = None
+
+    def empty_strided(self, device: str, size: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
+        """A new tensor without memory."""
+        assert self.mode is not None
+        with self.mode:
+            return torch.empty_strided(size, stride, dtype=dtype, device=device)
+
+    def add_kernels(self, kernels: Sequence[int]) -> None:
+        """Tells the timer of kernels by the bytes that they read and write."""
+        assert self.timer is not None
+        for num_bytes in kernels:
+            self.timer.add_kernel(num_bytes)
+
+
+KEPT: dict[tuple[Any, ...], CompiledGraph] = {}  # the latest last
+MOST_KEPT = 64
 
 
 def structure(gm: GraphModule) -> tuple[Any, ...]:
     """The graph as something to compare: nodes by number, since blocks differ in the names of their parameters."""
     numbers = {node: number for number, node in enumerate(gm.graph.nodes)}
+    state = gm.meta.get("state", {})  # which the partitioner keeps for free
     described = []
     for node in gm.graph.nodes:
-        target = node.target if node.op == "call_function" else None
+        target = node.target if node.op == "call_function" else node.name in state
         if node.op == "get_attr":
             constant = getattr(gm, str(node.target))
             target = structure(constant) if isinstance(constant, GraphModule) else id(constant)
@@ -118,38 +173,35 @@ def describe(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
-def _compile(gm: GraphModule, inputs: Sequence[torch.Tensor], timer: StepTimer) -> CompiledGraph:
+def _compile(gm: GraphModule, inputs: Sequence[torch.Tensor]) -> CompiledGraph:
     from torch._functorch import config as functorch_config
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    mode = next(tensor.fake_mode for tensor in inputs if isinstance(tensor, FakeTensor))
     num_constants = len(list(gm.parameters())) + len(list(gm.buffers()))  # inputs of the compiled graph before `inputs`
-    kept: dict[str, Kept] = {}
-    observe: list[Observe] = []
+    made = CompiledGraph(gm)
 
     def inner_compile(graph: GraphModule, example_inputs: Any, **options: Any) -> Any:
         returned: Any = graph.graph.output_node().args[0]
         names = [str(node) for node in returned]
         if options.get("is_backward"):
-            kept.update(kept_for_backward(graph, num_constants))
+            made.kept.update(kept_for_backward(graph, num_constants))
         kernels: list[int] = []
         with without_kernels(), config.patch(_post_fusion_custom_pass=partial(_note_kernels, kernels)):
             code: Any = compile_fx_inner(graph, example_inputs, **options)
         has_code = hasattr(code, "current_callable")  # none is written for a graph that computes nothing
         generated = _generated(code.current_callable) if has_code else code
         if has_code:
-            _allocate_fakes(generated, mode)
+            _allocate_fakes(generated, made)
 
         def run(arguments: list[Any]) -> Any:
-            for num_bytes in kernels:
-                timer.add_kernel(num_bytes)
+            made.add_kernels(kernels)
             return generated(arguments)
 
         def observed(arguments: list[Any]) -> Any:
-            outputs = run(arguments)
+            outputs, kept = run(arguments), made.kept
             tensors = {n: t for n, t in zip(names, outputs, strict=True) if n in kept and isinstance(t, torch.Tensor)}
-            observe[-1](tensors, kept)
+            made.observe[-1](tensors, kept)
             return outputs
 
         is_forward = not (options.get("is_backward") or options.get("is_inference"))
@@ -166,7 +218,8 @@ def _compile(gm: GraphModule, inputs: Sequence[torch.Tensor], timer: StepTimer) 
     uncached = {"fx_graph_cache": False, "compile_threads": 1, "cpp.simdlen": 1, "graph_partition": False}
     with config.patch(uncached), functorch_config.patch(eager_backward):
         call: Any = compile_fx(_as_from_dynamo(gm), list(inputs), inner_compile=inner_compile)
-    return CompiledGraph(call, kept, observe)
+    made.call = call
+    return made
 
 
 def _as_from_dynamo(gm: GraphModule) -> GraphModule:
@@ -230,22 +283,15 @@ def _generated(call: Any) -> Any:
     return call
 
 
-def _allocate_fakes(call: Any, mode: FakeTensorMode) -> None:
+def _allocate_fakes(call: Any, graph: CompiledGraph) -> None:
     """Makes the functions by which the generated code gets its buffers and views give fake tensors."""
-
-    def empty_strided_on(device: str) -> Callable[..., torch.Tensor]:
-        def empty_strided(size: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
-            with mode:
-                return torch.empty_strided(size, stride, dtype=dtype, device=device)
-
-        return empty_strided
 
     def reinterpret(tensor: torch.Tensor, size: Any, stride: Any, offset: int = 0) -> torch.Tensor:
         return tensor.as_strided(size, stride, tensor.storage_offset() + offset)
 
     module = getattr(call, "__func__", call).__globals__
     module.update(
-        empty_strided_cpu=empty_strided_on("cpu"),
-        empty_strided_cuda=empty_strided_on("cuda"),
+        empty_strided_cpu=partial(graph.empty_strided, "cpu"),
+        empty_strided_cuda=partial(graph.empty_strided, "cuda"),
         reinterpret_tensor=reinterpret,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -16,9 +16,10 @@ from velora_fx.capture import carriers_of, state_of
 from velora_fx.passes.cut_at_calls import cut_at_calls
 from velora_fx.passes.hoist_shared import Hoisted, hoist_shared
 from velora_fx.passes.join_graphs import Piece, join_graphs
+from velora_fx.runtime import StandIn
 from velora_fx.simulate import FiniteValues, kernels_of
 from velora_fx.simulate.compiled.block_calls import BlockCall, record
-from velora_fx.simulate.compiled.inductor import Inductor, Observe, structure
+from velora_fx.simulate.compiled.inductor import Inductor, Observe, describe, structure
 from velora_fx.simulate.compiled.one_node import OneGraph
 from velora_fx.simulate.compiled.trace import Trace, tensors_of, trace
 
@@ -104,17 +105,38 @@ def compiled_forward(
     inside: Inside,
     apart: Apart,
     passed_by: Collection[str] = (),
+    traces: dict[Hashable, Trace] | None = None,
 ) -> CompiledForward:
     """The forward of a fake model for fake inputs as `torch.compile(model)` runs it.
 
     `apart` picks the calls of blocks, with the graphs in `graphs` or those of the regions installed on them, that are
     compiled each by itself, equal ones once: as exact as it gets with none, the sooner the more there are. `passed_by`
-    is as in `find_blocks`. Raises ValueError for a model that cannot be traced as a whole.
+    is as in `find_blocks`, `traces` are those of before, for the same arguments. Raises ValueError for a model that
+    cannot be traced as a whole.
     """
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), kernels_of(inductor.device), FiniteValues():
         calls = record(model, args, kwargs, graphs, passed_by)
-        program = _program(trace(model, args, kwargs, calls, passed_by), calls, apart(calls))
+        key, traces = _key(model, calls), {} if traces is None else traces
+        if key not in traces or key is None:
+            traces[key] = trace(model, args, kwargs, calls, passed_by)
+        program = _program(traces[key], calls, apart(calls))
     return CompiledForward(model, program, inductor, observer_of, inside)
+
+
+def _key(model: torch.nn.Module, calls: Sequence[BlockCall]) -> Hashable:
+    """What a trace depends on besides the model's code and arguments; None where a forward outside of the calls that it
+    leaves out has been replaced."""
+    traced = {call.name for call in calls if call.graph is None}
+    left_out = tuple(f"{call.name}." for call in calls if call.name not in traced)
+    for name, module in model.named_modules():
+        if isinstance(vars(module).get("forward"), StandIn) and not f"{name}.".startswith(left_out):
+            return None
+    outlines = []
+    for call in calls:
+        captured = None if call.graph is None else call.graph.captured
+        result = None if captured is None else repr((captured.outputs, captured.constants, captured.slots))
+        outlines.append((call.name, call.num_tensors, call.num_cached, *map(describe, call.outputs), result))
+    return (*state_of(model), *carriers_of(model)), tuple(outlines)
 
 
 def _program(traced: Trace, calls: Sequence[BlockCall], inner: frozenset[int]) -> Program:
