@@ -86,8 +86,12 @@ def compress(model: nn.Module, task: Task, way: Way, batch: dict[str, Tensor], s
 
 
 def _size_of(linear: str, way: Way) -> int | None:
-    """The sub-token size of a linear by its dotted name, in which adapters add parts to the name of their base."""
-    return next((way.sizes[part] for part in linear.split(".") if part in way.sizes), None)
+    """The sub-token size of a linear by its dotted name, in which adapters add parts to the name of their base.
+
+    Of an adapter that is the first matrix, which reads the input of its base, as in PEFT's VeLoRA.
+    """
+    parts = linear.split(".")
+    return next((way.sizes[part] for part in (["lora_B"] if "lora_B" in parts else parts) if part in way.sizes), None)
 
 
 @cache

@@ -136,9 +136,10 @@ WAYS: Mapping[str, Way] = {
     **{f"signs-{size}-mlp-input": Way(_at(size, MLP_INPUT)) for size in (2, 4, 16)},
     **{f"signs-{size}-down": Way(_at(size, DOWN)) for size in (2, 4, 16)},
     **{f"signs-{size}-v+down": Way(_at(size, VALUES_AND_DOWN)) for size in (2, 4, 32)},
+    **{f"signs-{size}-lora_B": Way({"lora_B": size}) for size in (2, 8)},
     "peft-velora-8": Way(peft_velora=8),
     "peft-velora-32": Way(peft_velora=32),
 }
-LORA_ALONE = ("peft-velora-8", "peft-velora-32")
+LORA_ALONE = ("peft-velora-8", "peft-velora-32", "signs-2-lora_B", "signs-8-lora_B")
 QUICK_WAYS = ("dense", "signs-8", "signs-32", "mean-8-v+down", "signs-2")
 CUDA_WAYS = ("dense", "signs-8", "signs-32", "mean-8-v+down", "signs-8-v+down")
