@@ -267,7 +267,7 @@ def plan_for(
     try:  # adapters' products are small: they are compressed for memory, all of them
         return velora_fx.plan(model, 1e-9, batch, method="compress", **options)  # no plan meets one byte
     except velora_fx.BudgetError as error:
-        return error.plan
+        return replace(error.plan, budget_bytes=None)
 
 
 def untouched_gradients(row: TrainRow) -> dict[str, Tensor]:
