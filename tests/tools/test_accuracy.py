@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ import torch
 
 from tests.tools.commands import assert_refused, ran
 from tools.accuracy.main import asked_for, main, parse
-from tools.accuracy.measure import PLANS, measure, measure_apart
+from tools.accuracy.measure import PLANS, measure
 from tools.accuracy.models import CASES
-from tools.accuracy.table import Row, is_within, table, worst
+from tools.accuracy.table import Row, is_within, spread, table, worst
 
 MIB = 2**20
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -69,17 +68,6 @@ def test_a_model_that_fails_says_why_in_its_row() -> None:
     assert "failed" not in table([failed], "simple") and failed.error[:20] in table([failed], "simple")
 
 
-class Deadly:
-    """Ends the process in which it arrives."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os._exit, (1,)
-
-
-def test_a_process_that_dies_takes_only_its_own_row_with_it() -> None:
-    assert measure_apart(row(model=Deadly())).error == "its process died"
-
-
 @pytest.mark.parametrize(
     ("found", "is_good", "last"),
     [
@@ -100,6 +88,18 @@ def test_the_worst_of_several_is_named_for_each_target() -> None:
     eager, inductor = worst([row(1001), row(985, plan="half"), row(1002, target="inductor", model="gpt2")])
     assert eager.startswith("eager: ") and "1.50% (llama, half)" in eager
     assert inductor.startswith("inductor: ") and "0.20% (gpt2, nothing)" in inductor
+
+
+def test_the_spread_of_the_differences_is_told_and_how_many_were_underestimated() -> None:
+    eager, inductor = spread([row(1001), row(985), row(1002), row(error="no"), row(998, target="inductor")])
+    assert eager == "eager: min / median / max -1.50% / +0.10% / +0.20%; 1 of 3 below the measured peak"
+    assert inductor == "inductor: min / median / max -0.20% / -0.20% / -0.20%; 1 of 1 below the measured peak"
+    assert spread([row(error="no")]) == []
+
+
+def test_no_measurement_is_started_when_the_time_is_over(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--models", "mlp", "--targets", "eager", "--minutes", "0"]) == 0
+    assert "the time is over: accuracy goes on with mlp, eager, nothing (3 left)" in capsys.readouterr().err
 
 
 def test_a_line_of_the_table_has_a_cell_for_each_plan() -> None:
@@ -123,6 +123,7 @@ def test_cells_of_a_gpu_also_compare_the_reserved_memory() -> None:
         ("--batch-size 0", "--batch-size must be at least 1, got 0"),
         ("--seq-len -3", "--seq-len must be at least 1, got -3"),
         ("--seq-len long", "--seq-len"),
+        ("--minutes nan", "--minutes must be at least 0, got nan"),
         ("--json /nowhere/at/all.json", "there is no folder /nowhere/at"),
         ("--speed", "unrecognized arguments: --speed"),
         pytest.param("--device cuda", "needs a GPU that PyTorch can use", marks=without_gpu),
@@ -140,7 +141,9 @@ def test_sizes_that_are_asked_for_replace_the_models_own_where_there_are_any() -
     assert len(asked) == 2 * 2 * 3
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("llama-350m-60g", 368e6), ("vit-b-60g", 86.6e6)])
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("llama-350m-60g", 368e6), ("vit-b-60g", 86.6e6), ("llama-1b-lora", 1345e6)]
+)
 def test_models_for_a_gpu_have_the_shape_of_the_presets(name: str, parameters: float) -> None:
     with torch.device("meta"):
         model = CASES["cuda"][name].make()

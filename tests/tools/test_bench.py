@@ -40,7 +40,7 @@ def test_the_help_teaches_with_examples_and_shows_no_path_of_this_machine() -> N
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ("", "ops|step|lora|full7b|plan|overhead"),
+        ("", "ops|step|lora|full7b|plan|overhead|prepare"),
         ("speed", "invalid choice"),
         ("ops --rows dX", "--rows must be some of compress,expand,fold,dW, got 'dX'"),
         ("ops --repeats many", "--repeats"),
@@ -51,7 +51,13 @@ def test_the_help_teaches_with_examples_and_shows_no_path_of_this_machine() -> N
         ("full7b --budget-gb 0", "--budget-gb must be a positive number of GiB, got 0"),
         ("full7b --budget-gb nan", "--budget-gb must be a positive number of GiB, got nan"),
         ("full7b --device cpu --models llama-7b", "--models must be some of llama-cpu,llama-tiny, got 'llama-7b'"),
-        ("full7b --rows eager", "--rows must be some of velora-factored-compiled,adamw,"),
+        ("full7b --rows eager", "--rows must be some of velora-8,adamw-whole-card,"),
+        ("full7b --minutes nan", "--minutes must be at least 0, got nan"),
+        ("prepare --of ops", "--of must be some of full7b,step,lora, got 'ops'"),
+        (
+            "prepare --of lora --models llama-7b",
+            "--models must be some of llama-1b,llama-350m,llama-130m, got 'llama-7b'",
+        ),
         ("full7b --quick", "unrecognized arguments: --quick"),
         ("full7b --sub-token-size 8", "unrecognized arguments: --sub-token-size 8"),
     ],

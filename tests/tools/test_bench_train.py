@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from tools.accuracy.models import batch_of
+from tools.bench import train
 from tools.bench.figures import gradient_errors
-from tools.bench.models import compressible, nearest_divisor, sub_token_sizes
+from tools.bench.models import compressible, make_model, nearest_divisor, sub_token_sizes
+from tools.bench.plan_files import read_plan
+from tools.bench.prepare import prepare_row
 from tools.bench.timing import timing_of
 from tools.bench.train import TrainRow, Way, measure, require_right
 from tools.bench.ways import STEP_WAYS, train_table
+from velora_fx.analyse import differences_of
 
 
 def train_row(name: str, way: Way, **fields: Any) -> TrainRow:
@@ -91,15 +97,51 @@ def test_a_row_that_fails_says_why_in_the_table() -> None:
     assert "KeyError: 'no-such-model'" in train_table([row], "compile")
 
 
-def test_speed_is_told_as_a_ratio_to_the_compiled_row_of_the_same_model() -> None:
+def test_speed_and_its_bound_are_told_as_ratios_to_the_compiled_row_of_the_same_model() -> None:
     rows = [
-        train_row(name, Way(), tokens=64, step=timing_of([seconds] * 3), exact_error=2e-7)
-        for name, seconds in {"compile": 0.2, "velora-compiled-all": 0.1}.items()
+        train_row(name, STEP_WAYS[name], tokens=64, step=timing_of([seconds] * 3), exact_error=2e-7, **figures)
+        for name, seconds, figures in (
+            ("compile", 0.2, {"planning_seconds": 0.5, "has_plan_file": True}),
+            ("velora-compiled-all", 0.1, {"num_compressed": 14, "num_linears": 15, "products_seconds": 0.04}),
+            ("velora-eager-all", 0.4, {"products_seconds": 0.04}),
+        )
     ]
-    *_, last = train_table(rows, "compile").splitlines()
-    cells = [cell.strip() for cell in last.strip("|").split("|")]
-    assert cells[2:6] == ["velora-compiled-all", "100.0 ±0.0", "640", "2.000"]
-    assert cells[-1] == "2.0e-07"
+    dense, ours, eager = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in train_table(rows, "compile").splitlines()[2:]
+    )
+    assert ours[2:7] == ["velora-compiled-all", "100.0 ±0.0", "640", "2.000", "1.250"]
+    assert ours[10] == "14 of 15" and ours[-2] == "2.0e-07"
+    assert dense[5:7] == ["1.000", "-"] and eager[5:7] == ["0.500", "-"]
+    assert dense[-1] == "0.5 (file) + 0.0 + 0.0"
+
+
+def test_a_plan_made_ahead_is_taken_by_both_of_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    velora, untouched = (
+        train_row(name, Way(compresses=what), batch_size=4, length=64, sub_token_size=16)
+        for name, what in (("velora-eager-all", "all"), ("eager", ""))
+    )
+    assert velora.plan_name == untouched.plan_name != replace(velora, way=Way(compresses="v+down")).plan_name
+    made = measure(velora, tmp_path)
+    assert prepare_row(velora, tmp_path).error is None
+    monkeypatch.setattr(train, "plan_for", None)
+    row = measure(velora, tmp_path)
+    assert (made.has_plan_file, row.has_plan_file, row.error) == (False, True, None)
+    assert row.predicted_bytes == made.predicted_bytes and row.num_compressed == made.num_compressed > 0
+    dense = measure(untouched, tmp_path)
+    assert (dense.error, dense.has_plan_file, dense.num_compressed) == (None, True, 0)
+    assert dense.predicted_bytes == pytest.approx(dense.peak_bytes, rel=0.01)
+    assert 0 < row.planning_seconds + row.compiling_seconds + row.steps_seconds < row.seconds
+    assert row.products_seconds is not None and row.products_seconds > 0
+
+
+@pytest.mark.parametrize("adapter", ["", pytest.param("lora", marks=pytest.mark.slow)])
+def test_plans_are_made_for_a_gpu_that_is_not_there(adapter: str, tmp_path: Path) -> None:
+    row = train_row("velora-eager", Way(adapter=adapter, compresses="all"), device="cuda")
+    assert prepare_row(row, tmp_path).error is None
+    plan = read_plan(tmp_path, row.plan_name)
+    model = make_model(row.model, adapter, "cpu", row.dtype, row.sub_token_size)
+    batch = batch_of(model, row.batch_size, row.length)
+    assert plan is not None and plan.device == "cuda" and differences_of(plan, model, (), batch) == []
 
 
 @pytest.mark.parametrize(("width", "size"), [(5461, 43), (2736, 36), (2048, 32), (11008, 32), (768, 32), (17, 17)])

@@ -8,18 +8,20 @@ allocator. A cell of the table holds the predicted and the measured peak and the
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import NoReturn
 
 import torch
-from tqdm import tqdm
 
-from tools.accuracy.measure import PLANS, measure_apart
+from tools.accuracy.measure import PLANS, measure
 from tools.accuracy.models import CASES
-from tools.accuracy.table import BOUNDS, Row, as_json, is_within, table, worst
+from tools.accuracy.table import BOUNDS, Row, as_json, is_within, spread, table, worst
+from tools.runs import apart, end_of, run_rows
 
 WITHIN, EXCEEDED, BAD_INPUT = 0, 1, 2
 
@@ -44,8 +46,8 @@ examples:
     OMP_NUM_THREADS=1 python tools/accuracy --markdown
   One model in compiled steps at another size:
     python tools/accuracy --models gemma3 --targets inductor --plans nothing,all --batch-size 4 --seq-len 512
-  A GPU with 80 GB, with the figures kept for a plot:
-    python tools/accuracy --device cuda --json accuracy.json
+  A GPU with 80 GB, as much as six minutes are enough for, with the figures kept:
+    python tools/accuracy --device cuda --minutes 6 --json accuracy.json
 
 exit codes: 0 all differences are within the bounds, 1 one is not or a model failed (its cell says why), 2 bad input"""
 
@@ -59,13 +61,18 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures as the arguments say and prints the table; returns the exit code."""
     args = parse(argv)
-    rows: list[Row] = []
-    for row in tqdm(asked_for(args), desc="measuring", unit="step", disable=None, file=sys.stderr):
-        rows.append(measure_apart(row))
+    until = end_of(args.minutes)
+    found: list[Row] = []
+
+    def append(row: Row) -> None:
+        found.append(row)
         if args.json is not None:
-            args.json.write_text(as_json(rows))
+            args.json.write_text(as_json(found))
+
+    run = partial(apart, measure, until=until)
+    rows, _ = run_rows(asked_for(args), run, append, "accuracy", until, lambda row: (row.model, row.target))
     print(table(rows, "github" if args.markdown else "simple"), end="\n\n")
-    print(*worst(rows), sep="\n")
+    print(*spread(rows), *worst(rows), sep="\n")
     return WITHIN if all(is_within(row) for row in rows) else EXCEEDED
 
 
@@ -83,6 +90,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seq-len", type=int, metavar="N", help="tokens of a text (default: each model's own)")
     add("--markdown", action="store_true", help="print the table as markdown")
     add("--json", type=Path, metavar="FILE", help="write every figure, after each measurement")
+    add("--minutes", type=float, metavar="N", help="start no row that would not end within, end one that does not")
     args = parser.parse_args(argv)
     allowed = {"models": tuple(CASES[args.device]), "targets": tuple(BOUNDS[args.device]), "plans": PLANS}
     for name, values in allowed.items():
@@ -93,6 +101,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("batch_size", "seq_len"):
         if (size := getattr(args, name)) is not None and size < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {size}")
+    if args.minutes is not None and not 0 <= args.minutes < math.inf:
+        parser.error(f"--minutes must be at least 0, got {args.minutes:g}")
     if args.json is not None and not args.json.absolute().parent.is_dir():
         parser.error(f"--json: there is no folder {args.json.absolute().parent}")
     if args.device == "cuda" and not torch.cuda.is_available():

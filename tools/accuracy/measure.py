@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import gc
 import logging
-import multiprocessing
 import os
 import warnings
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,24 +20,9 @@ from tools.accuracy.models import CASES, batch_of
 from tools.accuracy.table import Row
 from velora_fx.peaks import WORKSPACES
 
-AnyRow = TypeVar("AnyRow", bound=Any)  # a dataclass with an `error`
 GIB = 2**30
 PLANS = ("nothing", "half", "all")
 WARM_UP_STEPS = 2  # the first makes the optimizer's state, and compiles
-
-
-def measure_apart(row: Row) -> Row:
-    """`measure` in a process of its own."""
-    return apart(measure, row)
-
-
-def apart(measured: Callable[[AnyRow], AnyRow], row: AnyRow) -> AnyRow:
-    """Measures a row in a process of its own, so that no cache, fragment or crash of one reaches another."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(measured, row).result()
-        except BrokenProcessPool:
-            return replace(row, error="its process died")
 
 
 def measure(row: Row) -> Row:
@@ -56,7 +38,8 @@ def measure(row: Row) -> Row:
 
 def _measure(row: Row) -> Row:
     torch.manual_seed(0)
-    model = CASES[row.device][row.model].make().train()
+    with torch.device(row.device):
+        model = CASES[row.device][row.model].make().train()
     model.to(row.device, torch.bfloat16 if row.device == "cuda" else torch.float32)
     batch = batch_of(model, row.batch_size, row.length)
     plan = prepare(model, batch, row.target, row.plan)

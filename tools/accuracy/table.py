@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import statistics
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -40,6 +41,9 @@ class Row:
     reserved_bytes: int | None = None
     error: str | None = None
 
+    def __str__(self) -> str:
+        return f"{self.model}, {self.target}, {self.plan}"
+
     @property
     def difference(self) -> float:
         """(predicted - measured) / measured."""
@@ -74,10 +78,22 @@ def cell(row: Row) -> str:
     return f"{text}, with overhead / reserved {reserved}"
 
 
+def spread(rows: Sequence[Row]) -> list[str]:
+    """A line for each target: the differences' least, median and largest, and how many peaks were underestimated."""
+    lines = []
+    for target in dict.fromkeys(row.target for row in rows):
+        found = [row.difference for row in rows if row.target == target and row.error is None]
+        if found:
+            below = sum(difference < 0 for difference in found)
+            figures = " / ".join(f"{each(found):+.2%}" for each in (min, statistics.median, max))
+            lines.append(f"{target}: min / median / max {figures}; {below} of {len(found)} below the measured peak")
+    return lines
+
+
 def worst(rows: Sequence[Row]) -> list[str]:
     """What failed, in full, and then a line for each target: its worst difference beside the bound."""
     failed = [row for row in rows if row.error is not None]
-    lines = [f"failed: {row.model}, {row.target}, {row.plan}: {row.error}" for row in failed]
+    lines = [f"failed: {row}: {row.error}" for row in failed]
     for target in dict.fromkeys(row.target for row in rows):
         measured = [row for row in rows if row.target == target and row.error is None]
         if measured:

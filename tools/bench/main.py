@@ -7,35 +7,41 @@ import gc
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from tqdm import tqdm
 
-from tools.bench.arguments import TRAINED, parse
+from tools.bench.arguments import parse
 from tools.bench.full7b import FullRow, full_rows, full_table
-from tools.bench.full7b_train import measure_full_apart
+from tools.bench.full7b_train import measure_full, real_texts
 from tools.bench.numerics import fold_complaints, operator_complaints, tiny_models, training_complaints
 from tools.bench.ops import REPEATS, OpRow, measure_op, op_cases
 from tools.bench.ops_table import op_tables
 from tools.bench.overhead import OverheadRow, measure_overhead, overhead_rows, overhead_table
 from tools.bench.planning import PLANS, PlanRow, measure_plan, plan_table
-from tools.bench.results import Header, append_rows, header_of
+from tools.bench.prepare import prepare
+from tools.bench.results import Header, append_rows, header_of, rows_before
 from tools.bench.timing import copy_bandwidth
-from tools.bench.train import TrainRow, measure_apart, rows_for
-from tools.bench.ways import train_table
+from tools.bench.train import TrainRow, measure
+from tools.bench.ways import TRAINED, train_table, training_rows
+from tools.runs import apart, end_of, run_rows
 
 DONE, FAILED = 0, 1
 AnyRow: TypeAlias = OpRow | TrainRow | FullRow | PlanRow | OverheadRow
-STEP_REPEATS = {("cpu", True): 3, ("cpu", False): 10, ("cuda", True): 3, ("cuda", False): 10}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures as the arguments say, appends the rows to a file and prints a table; returns the exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
     args = parse(given)
-    header = header_of(" ".join(["tools/bench", *given]), args.device)
+    args.until = end_of(getattr(args, "minutes", None))
+    runs_on = "cpu" if args.benchmark == "prepare" else args.device
+    header = header_of(" ".join(["tools/bench", *given]), runs_on)
     print(header, end="\n\n", flush=True)
+    if args.benchmark == "prepare":
+        return prepare(args)
     complaints = complaints_of(args)
     if complaints:
         print(
@@ -80,25 +86,18 @@ def run_ops(args: argparse.Namespace, header: Header) -> int:
 
 def run_training(args: argparse.Namespace, header: Header) -> int:
     """Times training steps, each row in a process of its own."""
-    ways, cases, over = TRAINED[args.benchmark]
-    sizes = {
-        model: (args.batch_size or batch_size, length and (args.seq_len or length))
-        for model, (batch_size, length) in cases[args.device].items()
-        if model in args.models
-    }
-    common = {
-        "device": args.device,
-        "sub_token_size": args.sub_token_size,
-        "repeats": args.repeats or STEP_REPEATS[args.device, args.quick],
-    }
-    asked = list(rows_for({name: ways[name] for name in args.rows}, sizes, common))
-    rows = _measured(asked, measure_apart, args, header)
-    return finish(rows, train_table(rows, over))
+    rows = _trained(training_rows(args), partial(measure, plans=args.plans), args, header)
+    return finish(rows, train_table(rows, TRAINED[args.benchmark][2]))
 
 
 def run_full(args: argparse.Namespace, header: Header) -> int:
-    """Trains inside the budget, each row in a process of its own."""
-    rows = _measured(full_rows(args), measure_full_apart, args, header)
+    """Trains inside the budget, each row in a process of its own; the rows of a model have the same texts."""
+    asked = full_rows(args)
+    rows = []
+    for model in args.models:
+        of_model = [row for row in asked if row.model == model]
+        train = partial(measure_full, texts=real_texts(of_model[0], args.cache), plans=args.plans)
+        rows += _trained(of_model, train, args, header)
     return finish(rows, full_table(rows))
 
 
@@ -115,15 +114,45 @@ def run_overhead(args: argparse.Namespace, header: Header) -> int:
     return finish(rows, overhead_table(rows))
 
 
+def _trained(
+    asked: Sequence[Any], measure: Callable[[Any], Any], args: argparse.Namespace, header: Header
+) -> list[Any]:
+    """The rows with their figures, in the order they were asked for, each measured in a process of its own.
+
+    With a number of minutes those that an earlier run of it has measured in this place are taken from the file.
+    """
+    before = rows_before(_file(args), header, asked) if args.minutes is not None else []
+    there = [row for row in before if row.error is None]
+    left = [row for row in asked if str(row) not in map(str, there)]
+    longest: dict[Any, float] = {}
+    for row in before:
+        longest[_kind(row)] = max(longest.get(_kind(row), 0.0), row.seconds)
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(args.compile_cache.absolute())} if args.compile_cache else {}
+    run = partial(apart, measure, until=args.until, environment=environment)
+    done, _ = run_rows(left, run, partial(_append, args, header), args.benchmark, args.until, _kind, longest)
+    found = {str(row): row for row in (*there, *done)}
+    return [found[str(row)] for row in asked if str(row) in found]
+
+
+def _kind(row: Any) -> tuple[str, bool]:
+    """Rows of one kind take about as long."""
+    return row.model, row.way.compiled
+
+
 def _measured(
     asked: Sequence[Any], measure: Callable[[Any], Any], args: argparse.Namespace, header: Header
 ) -> list[Any]:
-    """The rows with their figures, each appended to the file as soon as it has them."""
-    rows: list[AnyRow] = []
-    for row in tqdm(asked, desc=args.benchmark, unit="row", disable=None, file=sys.stderr):
-        rows.append(measure(row))
-        append_rows(args.results / f"{args.benchmark}.jsonl", header, [{**asdict(rows[-1]), **derived(rows[-1])}])
-    return rows
+    """The rows with their figures."""
+    return run_rows(asked, measure, partial(_append, args, header), args.benchmark)[0]
+
+
+def _append(args: argparse.Namespace, header: Header, row: AnyRow) -> None:
+    append_rows(_file(args), header, [{**asdict(row), **derived(row)}])
+
+
+def _file(args: argparse.Namespace) -> Path:
+    file: Path = args.results / f"{args.benchmark}.jsonl"
+    return file
 
 
 def finish(rows: Sequence[AnyRow], table: str) -> int:

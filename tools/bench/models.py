@@ -16,7 +16,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 12,
 }  # fmt: skip
 TINY: dict[str, Any] = {
-    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
 }  # fmt: skip
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tiny": ("LlamaForCausalLM", TINY),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tools.accuracy.models import batch_of
 from tools.bench.models import make_model
 from tools.bench.ops import KEPT, OpCase, projection_of, torch_dtype
-from tools.bench.train import TrainRow, Way, prepare
+from tools.bench.train import TrainRow, Way, optimizer_of, plan_for, prepare
 from velora_fx.ops import fold
 from velora_fx.ops import velora as ops
 from velora_fx.runtime import Region
@@ -92,9 +92,9 @@ def tiny_models(device: str, adapter: str) -> tuple[nn.Module, nn.Module, dict[s
     row = TrainRow("llama-tiny", "numerics", Way(adapter=adapter, compresses="all"), device, 4, 64, 16, 1)
     dense, model = (make_model(row.model, adapter, device, row.dtype, row.sub_token_size) for _ in range(2))
     batch = batch_of(dense, row.batch_size, row.length)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # So small a model is no faster compressed on a GPU.
-    prepare(model, torch.optim.AdamW(trained), batch, row, planned_on="cpu")
+    optimizer = optimizer_of(model, row)
+    # By the rates of a CPU: so small a model is no faster compressed on a GPU.
+    prepare(model, optimizer, batch, row, plan_for(model, optimizer, batch, row, "cpu"))
     return dense, model, batch
 
 

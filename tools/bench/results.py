@@ -1,4 +1,4 @@
-"""What tools/bench ran on, and its rows for machines."""
+"""What tools/bench ran on, and its rows for machines: written, and found again by a run that goes on."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import datetime
 import json
 import platform
 import subprocess
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tabulate import tabulate
 
 from tools.bench.timing import Timing
 
-PACKAGES = ("torch", "triton", "transformers", "peft")
+PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "torchao")
+OF_A_RUN = ("command", "date")  # what is in a header and differs between two runs in one place
 LONGEST_CELL = 60
+AnyRow = TypeVar("AnyRow", bound=Any)  # a frozen dataclass with an `error`
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Header:
     triton: str | None
     transformers: str | None
     peft: str | None
+    bitsandbytes: str | None
+    torchao: str | None
 
     def __str__(self) -> str:
         return "\n".join(f"{name:<17} {'-' if value is None else value}" for name, value in asdict(self).items())
@@ -78,6 +82,34 @@ def append_rows(file: Path, header: Header, rows: Iterable[dict[str, Any]]) -> N
         lines.writelines(json.dumps({"header": asdict(header), **row}) + "\n" for row in rows)
 
 
+def rows_before(file: Path, header: Header, asked: Sequence[AnyRow]) -> list[AnyRow]:
+    """Those of the rows that a file has already, with what was found: the last of each that was measured on the same
+    machine, with the same versions, at the same commit.
+
+    What a row was asked for are its fields without a default; the others are figures.
+    """
+    if not asked or not file.is_file():
+        return []
+    figures = [each.name for each in fields(asked[0]) if each.default is not MISSING]
+    keys = {_key(asdict(row), figures): row for row in asked}
+    found = {}
+    for line in map(json.loads, file.read_text().splitlines()):
+        row = keys.get(_key({each.name: line.get(each.name) for each in fields(asked[0])}, figures))
+        if row is not None and _place(line["header"]) == _place(asdict(header)):
+            values = {name: line[name] for name in figures if name in line}
+            timings = {name: Timing(**value) for name, value in values.items() if isinstance(value, dict)}
+            found[_key(asdict(row), figures)] = replace(row, **{**values, **timings})
+    return list(found.values())
+
+
+def _key(row: dict[str, Any], figures: Sequence[str]) -> str:
+    return json.dumps({name: value for name, value in row.items() if name not in figures}, sort_keys=True)
+
+
+def _place(header: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in header.items() if name not in OF_A_RUN}
+
+
 def markdown(headers: Iterable[str], body: Iterable[Iterable[str]]) -> str:
     """A table of cells that are text already."""
     return tabulate([list(line) for line in body], list(headers), tablefmt="github", disable_numparse=True)
@@ -86,6 +118,12 @@ def markdown(headers: Iterable[str], body: Iterable[Iterable[str]]) -> str:
 def milliseconds(timing: Timing | None) -> str:
     """The median with the distance between the quartiles, for a cell."""
     return "-" if timing is None else f"{timing.median_seconds * 1e3:.3f} ±{timing.spread_seconds * 1e3:.3f}"
+
+
+def time_cell(row: Any) -> str:
+    """Where the seconds of a row went, for a cell."""
+    source = " (file)" if row.has_plan_file else ""
+    return f"{row.planning_seconds:.1f}{source} + {row.compiling_seconds:.1f} + {row.steps_seconds:.1f}"
 
 
 def reason_of(error: Exception) -> str:

@@ -29,6 +29,19 @@ class Timing:
     repeats: int
 
 
+class Stopwatch:
+    """Tells the seconds between one look at it and the next."""
+
+    def __init__(self) -> None:
+        self.last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last look, or since it was made."""
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        return seconds
+
+
 def timing_of(seconds: Sequence[float]) -> Timing:
     """The statistics of repeated measurements."""
     first, _, third = statistics.quantiles(seconds, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 3

@@ -6,22 +6,23 @@ import contextlib
 import importlib
 import logging
 import math
-import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import velora_fx
-from tools.accuracy.measure import apart
 from tools.accuracy.models import batch_of
 from tools.bench.figures import compressed_weights, free, gradient_errors, held_bytes, peak_of
 from tools.bench.models import compressible, make_model, sub_token_sizes, tokens_of
+from tools.bench.plan_files import read_plan
 from tools.bench.results import reason_of
-from tools.bench.timing import Timing, timed_steps
+from tools.bench.timing import Stopwatch, Timing, timed, timed_steps
 from velora_fx.peaks import WORKSPACES
 
 WARM_UP_STEPS = 3  # besides the first; on CUDA optimize measures a peak of its own until the second has ended
@@ -34,7 +35,7 @@ EXACT_BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 class Way:
     """How a model is trained. `compresses` and `adapter` are "" for neither; `settings` are those of torch._functorch.
 
-    `is_planned` says whether velora_fx predicts a peak for it.
+    `is_planned` says whether velora_fx predicts a peak for it: of an untouched way with the plan of the compressed one.
     """
 
     compiled: bool = False
@@ -51,7 +52,11 @@ class TrainRow:
 
     Bytes compare as in tools/accuracy. `saved_bytes` is what is held from forward to backward. `compressed_error` is
     the relative error of all compressed weights' gradients together, `exact_error` the largest of all others, both
-    against the untouched eager model from the same start; `seconds` is what the row took in all.
+    against the untouched eager model from the same start. `products_seconds` is what the dense gradients of the
+    compressed weights take, as products alone: no more than that can be saved of a step.
+
+    Of the `seconds` that the row took in all, planning (reading a plan and applying it where `has_plan_file`), the
+    first forward and backward pass (which compile), and all steps are told apart.
     """
 
     model: str
@@ -68,10 +73,14 @@ class TrainRow:
     predicted_bytes: int | None = None
     saved_bytes: int = 0
     num_compressed: int = 0
-    num_candidates: int | None = None
+    num_linears: int = 0
     compressed_error: float | None = None
     exact_error: float = 0.0
-    planning_seconds: float | None = None
+    products_seconds: float | None = None
+    has_plan_file: bool = False
+    planning_seconds: float = 0.0
+    compiling_seconds: float = 0.0
+    steps_seconds: float = 0.0
     seconds: float = 0.0
     error: str | None = None
 
@@ -88,23 +97,33 @@ class TrainRow:
         """What the model and its batch are in."""
         return torch.bfloat16 if self.device == "cuda" else torch.float32
 
+    @property
+    def plan_name(self) -> str:
+        """The name of the file of its plan: rows with one plan have one name, "" without a plan."""
+        way = self.way
+        if not way.is_planned:
+            return ""
+        kind = [
+            way.adapter,
+            "compiled" if way.compiled else "eager",
+            way.compresses or "all",
+            "exact" * bool(way.settings),
+        ]
+        batch = f"{self.batch_size}" if self.length is None else f"{self.batch_size}x{self.length}"
+        return "-".join(filter(None, [self.device, self.model, batch, *kind, f"M{self.sub_token_size}"]))
 
-def measure_apart(row: TrainRow) -> TrainRow:
-    """`measure` in a process of its own."""
-    return apart(measure, row)
 
-
-def measure(row: TrainRow) -> TrainRow:
-    """The row with its figures, or with the reason why there are none."""
+def measure(row: TrainRow, plans: Path | None = None) -> TrainRow:
+    """The row with its figures, or with the reason why there are none; its plan is in the folder, or made."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    start = time.perf_counter()
+    watch = Stopwatch()
     try:
         with warnings.catch_warnings(), _settings(row.way.settings):
             warnings.simplefilter("ignore")
-            row = _measure(row)
+            row = _measure(row, read_plan(plans, row.plan_name))
     except Exception as error:
         row = replace(row, error=reason_of(error))
-    return replace(row, seconds=time.perf_counter() - start)
+    return replace(row, seconds=watch.lap())
 
 
 def _settings(settings: Mapping[str, Any] | None) -> contextlib.AbstractContextManager[Any]:
@@ -113,16 +132,17 @@ def _settings(settings: Mapping[str, Any] | None) -> contextlib.AbstractContextM
     return patched
 
 
-def _measure(row: TrainRow) -> TrainRow:
+def _measure(row: TrainRow, plan: velora_fx.Plan | None) -> TrainRow:
+    has_plan_file = plan is not None
     reference = untouched_gradients(row)
     free(row.device)
     model = make_model(row.model, row.way.adapter, row.device, row.dtype, row.sub_token_size)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, fused=True if row.device == "cuda" else None)
+    optimizer = optimizer_of(model, row)
     batch = batch_of(model, row.batch_size, row.length)
-    start = time.perf_counter()
-    plan = prepare(model, optimizer, batch, row)
-    planning_seconds = None if plan is None else time.perf_counter() - start
+    watch = Stopwatch()
+    plan = prepare(model, optimizer, batch, row, plan)
+    planning_seconds = watch.lap()
     run: Any = torch.compile(model, fullgraph=True) if row.way.compiled else model
 
     def forward() -> Tensor:
@@ -139,7 +159,10 @@ def _measure(row: TrainRow) -> TrainRow:
         update()
 
     forward().backward()  # type: ignore[no-untyped-call]
-    compressed = compressed_weights(model, plan)
+    if row.device == "cuda":
+        torch.cuda.synchronize()
+    compiling_seconds = watch.lap()
+    compressed = compressed_weights(model, plan if row.way.compresses else None)
     if row.way.compresses and not compressed:
         raise RuntimeError("nothing was compressed")
     errors = gradient_errors(model, reference, compressed)
@@ -152,19 +175,40 @@ def _measure(row: TrainRow) -> TrainRow:
     states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     peak_bytes = peak_of(step, [*model.parameters(), *model.buffers(), *states, *batch.values()], row.device)
     peak = None if plan is None else (plan.planned if row.way.compresses else plan.baseline)
+    step_timing = timed_steps(step, row.device, row.repeats)
+    steps_seconds = watch.lap()
+    tokens = tokens_of(batch, model)
     return replace(
         row,
-        tokens=tokens_of(batch, model),
-        step=timed_steps(step, row.device, row.repeats),
+        tokens=tokens,
+        step=step_timing,
         peak_bytes=peak_bytes,
         predicted_bytes=None if peak is None else peak.tensor_bytes + peak.overhead.get(WORKSPACES, 0),
         saved_bytes=saved_bytes,
         num_compressed=len(compressed),
-        num_candidates=len(plan.decisions) if plan is not None else None,
+        num_linears=sum(isinstance(m, nn.Linear) and m.weight.requires_grad for m in model.modules()),
         compressed_error=errors[0],
         exact_error=errors[1],
+        products_seconds=products_seconds(model, compressed, tokens, row) if compressed else None,
+        has_plan_file=has_plan_file,
         planning_seconds=planning_seconds,
+        compiling_seconds=compiling_seconds,
+        steps_seconds=steps_seconds,
     )
+
+
+def products_seconds(model: nn.Module, weights: set[str], tokens: int, row: TrainRow) -> float:
+    """What the dense gradients of these weights take as products alone, each shape timed by itself.
+
+    Their sizes are rounded up to multiples of 8, as a compiler pads them.
+    """
+    shapes = Counter(tuple(-(-size // 8) * 8 for size in model.get_parameter(name).shape) for name in weights)
+    seconds = 0.0
+    for (out, width), count in shapes.items():
+        dy, x = (torch.randn(tokens, size, device=row.device).to(row.dtype) for size in (out, width))
+        timing = timed([lambda dy=dy, x=x: dy.t() @ x], row.device, row.repeats)  # type: ignore[misc]
+        seconds += count * timing.median_seconds
+    return seconds
 
 
 def require_right(compressed_error: float | None, exact_error: float, dtype: torch.dtype) -> None:
@@ -175,44 +219,55 @@ def require_right(compressed_error: float | None, exact_error: float, dtype: tor
         raise RuntimeError("compressed gradients are not finite")
 
 
+def optimizer_of(model: nn.Module, row: TrainRow) -> torch.optim.Optimizer:
+    """AdamW of all that is trained, on CUDA the fused one."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, fused=True if row.device == "cuda" else None)
+
+
 def prepare(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batch: dict[str, Tensor],
     row: TrainRow,
-    planned_on: str | None = None,
+    plan: velora_fx.Plan | None = None,
 ) -> velora_fx.Plan | None:
-    """Makes the model train as the row says, but for the compiler; returns the plan where there is one.
-
-    `planned_on` is the device whose rates say what is faster compressed (default: the row's).
-    """
+    """Makes the model train as the row says, but for the compiler, by the plan that is given or by its own; returns
+    that where there is one."""
     if row.way.checkpointed:
         enable: Any = model.gradient_checkpointing_enable
         enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if row.way.compresses:
-        sizes = sub_token_sizes(model, row.sub_token_size)
-        common: dict[str, Any] = {"sub_token_sizes": sizes, "compiled": row.way.compiled, "optimizer": optimizer}
-        if row.way.adapter:  # adapters' products are small: they are compressed for memory, all of them
-            plan = _tightest(model, batch, {**common, "device": planned_on})
-        else:
-            plan = velora_fx.plan(
-                model, None, batch, objective="speed",
-                filter_fn=compressible(row.way.compresses), device=planned_on, **common,
-            )  # fmt: skip
+    if plan is None and row.way.is_planned:
+        plan = plan_for(model, optimizer, batch, row, row.device)
+    if plan is not None and row.way.compresses:
         velora_fx.apply(model, plan, batch)
-        return velora_fx.plan_of(model)
-    return (
-        velora_fx.plan(model, None, batch, compiled=row.way.compiled, optimizer=optimizer)
-        if row.way.is_planned
-        else None
-    )
+    return plan
 
 
-def _tightest(model: nn.Module, batch: dict[str, Tensor], options: dict[str, Any]) -> velora_fx.Plan:
-    try:
+def plan_ahead(row: TrainRow) -> velora_fx.Plan:
+    """The plan of a row, made of a model without memory: the device need not be there."""
+    with warnings.catch_warnings(), _settings(row.way.settings):
+        warnings.simplefilter("ignore")
+        model = make_model(row.model, row.way.adapter, "meta", row.dtype, row.sub_token_size)
+        batch = batch_of(model, row.batch_size, row.length)
+        return plan_for(model, optimizer_of(model, row), batch, row, row.device)
+
+
+def plan_for(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], row: TrainRow, device: str
+) -> velora_fx.Plan:
+    """The plan of a compressed row for a device, and of an untouched one that of all compressed."""
+    sizes = sub_token_sizes(model, row.sub_token_size)
+    options: dict[str, Any] = {
+        "sub_token_sizes": sizes, "compiled": row.way.compiled, "optimizer": optimizer, "device": device,
+    }  # fmt: skip
+    if not row.way.adapter:
+        only = compressible(row.way.compresses or "all")
+        return velora_fx.plan(model, None, batch, objective="speed", filter_fn=only, **options)
+    try:  # adapters' products are small: they are compressed for memory, all of them
         return velora_fx.plan(model, 1e-9, batch, method="compress", **options)  # no plan meets one byte
     except velora_fx.BudgetError as error:
-        return error.plan
+        return replace(error.plan, budget_bytes=None)
 
 
 def untouched_gradients(row: TrainRow) -> dict[str, Tensor]:
@@ -221,12 +276,3 @@ def untouched_gradients(row: TrainRow) -> dict[str, Tensor]:
     with _settings(None):
         model(**batch_of(model, row.batch_size, row.length)).loss.backward()
     return {name: p.grad.detach().cpu() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def rows_for(
-    ways: Mapping[str, Way], cases: Mapping[str, tuple[int, int | None]], common: Mapping[str, Any]
-) -> Iterator[TrainRow]:
-    """The rows to measure: every way for every model of so many texts or images, of so many tokens."""
-    for model, (batch_size, length) in cases.items():
-        for name, way in ways.items():
-            yield TrainRow(model, name, way, batch_size=batch_size, length=length, **common)

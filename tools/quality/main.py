@@ -6,12 +6,9 @@ import argparse
 import json
 import statistics
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-
-from tqdm import tqdm
 
 from tools.bench.results import Header, append_rows, header_of
 from tools.quality.arguments import is_for, parse
@@ -22,6 +19,7 @@ from tools.quality.rows import Row, read_rows, those_left
 from tools.quality.table import grouped, rate_table, results, tables
 from tools.quality.train import run
 from tools.quality.ways import TASKS, WAYS
+from tools.runs import end_of, run_rows
 
 DONE, FAILED = 0, 1
 SEEDS = 2
@@ -50,13 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train_and_show(args: argparse.Namespace, file: Path, header: Header) -> int:
     """Trains what the arguments ask for and prints the tables of these texts; returns the exit code."""
     print(header, end="\n\n", flush=True)
-    end = time.monotonic() + 60 * args.minutes if args.minutes is not None else None
+    until = end_of(args.minutes)
     tokens = {
         name: load_tokens(task.text, task.shape.words, task.megabytes, args.cache)
         for name, task in TASKS.items()
         if name in args.tasks
     }
-    failed = train_all(args, file, tokens, header, end)
+    failed = train_all(args, file, tokens, header, until)
     for row in failed:
         print(f"tools/quality: failed: {row}: {row.error}", file=sys.stderr)
     corpora = {found.corpus for found in tokens.values()}
@@ -65,26 +63,29 @@ def train_and_show(args: argparse.Namespace, file: Path, header: Header) -> int:
 
 
 def train_all(
-    args: argparse.Namespace, file: Path, tokens: Mapping[str, Tokens], header: Header, end: float | None
+    args: argparse.Namespace, file: Path, tokens: Mapping[str, Tokens], header: Header, until: float
 ) -> list[Row]:
-    """Trains what is not there yet, until the clock says `end`; returns the runs that failed."""
+    """Trains what is not there yet, as far as it ends by `until` of `time.monotonic`; returns the runs that failed."""
     failed: list[Row] = []
-    longest: dict[tuple[str, int], float] = {}
+    longest: dict[Hashable, float] = {}
+
+    def measure(row: Row) -> Row:
+        return run(row, tokens[row.task_name], args.cache)
+
+    def append(row: Row) -> None:
+        append_rows(file, header, [asdict(row)])
+
+    def kind(row: Row) -> Hashable:
+        return row.task_name, row.steps
+
     asked = sweep(args, tokens)
     for stage in ("sweep", "equal time") if args.equal_time else ("sweep",):
         if stage == "equal time":
             asked = list(at_equal_time(asked, read_rows(file)))
-        left = those_left(asked, read_rows(file))
-        for row in tqdm(left, desc=stage, unit="run", disable=None, file=sys.stderr):
-            expected = longest.get((row.task_name, row.steps), 0.0)
-            if end is not None and time.monotonic() + expected > end:
-                print(f"the time is over: {stage} goes on with {row}", file=sys.stderr)
-                return failed
-            found = run(row, tokens[row.task_name], args.cache)
-            longest[row.task_name, row.steps] = max(expected, found.seconds)
-            append_rows(file, header, [asdict(found)])
-            if found.error is not None:
-                failed.append(found)
+        done, left = run_rows(those_left(asked, read_rows(file)), measure, append, stage, until, kind, longest)
+        failed += [row for row in done if row.error is not None]
+        if left:  # ways are not at their best rates yet
+            break
     return failed
 
 
