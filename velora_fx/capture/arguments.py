@@ -14,14 +14,19 @@ CONSTANTS = (type(None), bool, int, float, complex, str, torch.dtype, torch.devi
 
 def flatten(value: Any) -> tuple[Any, list[Any]]:
     """Takes nested tuples, lists and dicts apart: a comparable structure, and the leaves in order."""
-    if type(value) in (tuple, list):
-        parts = [flatten(item) for item in value]
-        return (type(value).__name__, tuple(part[0] for part in parts)), [leaf for part in parts for leaf in part[1]]
-    if type(value) is dict:
-        parts = [flatten(item) for item in value.values()]
-        keys = tuple(value.keys())
-        return ("dict", keys, tuple(part[0] for part in parts)), [leaf for part in parts for leaf in part[1]]
-    return LEAF, [value]
+    leaves: list[Any] = []
+    return _structure(value, leaves), leaves
+
+
+def _structure(value: Any, leaves: list[Any]) -> Any:
+    """The structure of a value, whose leaves are added to the list."""
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return kind.__name__, tuple([_structure(item, leaves) for item in value])
+    if kind is dict:
+        return "dict", tuple(value.keys()), tuple([_structure(item, leaves) for item in value.values()])
+    leaves.append(value)
+    return LEAF
 
 
 def unflatten(structure: Any, leaves: list[Any]) -> Any:

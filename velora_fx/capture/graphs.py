@@ -145,10 +145,9 @@ class RegionGraph:
 
     def recomputed(self, run: Callable[[list[Any]], Any], call: Call, extra: Sequence[torch.Tensor] = ()) -> Any:
         """What `run` makes of the call's tensors and `extra`: within the checkpoint that the forward is in, if any."""
-        state, given = list(call.state.values()), call.given
         if self.checkpoint is None:
-            return run([*state, *given, *extra])
-        return self.checkpoint(lambda *tensors: run([*state, *tensors, *extra]), *given)
+            return run([*call.tensors, *extra])
+        return self.checkpoint(lambda *tensors: run([*call.state.values(), *tensors, *extra]), *call.given)
 
     def result(self, outputs: tuple[Any, ...]) -> Any:
         """The forward's result from the graph's outputs."""
@@ -171,7 +170,7 @@ def key_of(call: Call, of_block: tuple[Any, ...] | None = None) -> tuple[Any, ..
         modules,
         state,
         tuple([(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]),
-        _aliases(call.leaves),
+        _aliases(call.given),
     )
 
 
@@ -186,10 +185,15 @@ def with_frozen(key: tuple[Any, ...], names: Collection[str]) -> tuple[Any, ...]
     return *key[:3], state, *key[4:]
 
 
-def _aliases(leaves: list[Any]) -> tuple[int, ...]:
+def _aliases(tensors: list[torch.Tensor]) -> tuple[int, ...]:
     """For each tensor the place of the first that is the same one: a forward may ask whether two are."""
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    return tuple([next(i for i, other in enumerate(tensors) if other is tensor) for tensor in tensors])
+    places = []
+    for tensor in tensors:
+        for place, other in enumerate(tensors):
+            if other is tensor:
+                places.append(place)
+                break
+    return tuple(places)
 
 
 def describe_leaf(leaf: Any) -> Any:

@@ -32,12 +32,16 @@ def expand_reference(factor: Tensor, v: Tensor, transposed: bool) -> Tensor:
     finite, so that infinity times v is infinity: it is never added to its opposite, nor multiplied by a low part of 0.
     """
     check_expand(factor, v)
+    return expand_plain(factor, v, transposed)
+
+
+def expand_plain(factor: Tensor, v: Tensor, transposed: bool) -> Tensor:
+    """``expand_reference`` of operands that are right."""
     factor, v = (factor.t().unsqueeze(1), v.unsqueeze(-1)) if transposed else (factor.unsqueeze(-1), v)
-    high = v.to(factor.dtype)
     if v.dtype == factor.dtype or torch.promote_types(v.dtype, factor.dtype) == factor.dtype:
-        product = factor * high
+        product = factor * v
     else:
-        largest = torch.finfo(factor.dtype).max
+        high, largest = v.to(factor.dtype), torch.finfo(factor.dtype).max
         product = (factor.clamp(-largest, largest) * (v - high).to(factor.dtype)).addcmul_(factor, high)
     return product.flatten(0, 1).t() if transposed else product.flatten(1)
 
@@ -46,11 +50,11 @@ def compress_blocks(x: Tensor, v: Tensor, num_blocks: int | None) -> Tensor:
     """The kernel for CPUs, for the first blocks of rows only: the first takes as much memory as any other."""
     accumulator = x.dtype if x.itemsize >= 4 else torch.float32
     v = v if v.dtype == accumulator else v.to(accumulator)
-    groups = x.view(x.shape[:-1] + v.shape)
-    rows = max(1, _BLOCK_BYTES // max(1, v.nbytes))
-    if x.numel() <= rows * v.numel():  # one block is all
+    groups = x.view(*x.shape[:-1], *v.shape)
+    if x.numel() * v.itemsize <= _BLOCK_BYTES:  # one block is all
         z = _sums(groups, v)
         return z if z.dtype == x.dtype else z.to(x.dtype)
+    rows = max(1, _BLOCK_BYTES // v.nbytes)
     z = x.new_empty(*x.shape[:-1], v.shape[0])
     for x_block, z_block in islice(_row_blocks(groups, z, rows), num_blocks):
         z_block.copy_(_sums(x_block, v))

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from velora_fx.ops.checks import check_compress, check_expand, check_linear
-from velora_fx.ops.plain import compress_blocks, compress_reference, expand_reference
+from velora_fx.ops.plain import compress_blocks, compress_reference, expand_plain, expand_reference
 
 _PLAIN = (Tensor, Parameter, type(None))
 
@@ -67,10 +67,8 @@ def expand(factor: Tensor, v: Tensor, transposed: bool) -> Tensor:
     With `transposed` it has the strides of a transposed matrix, as a transposed weight's gradient needs them. Not
     differentiable. ValueError for other shapes, dtypes than those of `compress`, or several devices.
     """
-    if torch.is_grad_enabled() or is_followed(factor, v):
-        dweight: Tensor = torch.ops.velora.expand.default(factor, v, transposed)
-        return dweight
-    return _expand_cuda(factor, v, transposed) if factor.is_cuda else expand_reference(factor, v, transposed)
+    check_expand(factor, v)
+    return _expand(factor, v, transposed)
 
 
 def is_followed(*tensors: Tensor | None) -> bool:
@@ -98,11 +96,22 @@ def _compress(x: Tensor, v: Tensor) -> Tensor:
         return _compress_cuda(x, v) if x.is_cuda else compress_blocks(x, v, None)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, v: Tensor, carrier: Tensor | None) -> Tensor:
-    """`linear` where nothing follows operands that are right."""
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, v: Tensor, carrier: Tensor | None
+) -> Tensor:
+    """`linear` where nothing follows operands that are right; without z it makes its own."""
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+        z = _compress(x, v) if z is None else z
         x, weight, bias = _cast_for(x.device.type, x, weight, bias)
     return _apply(x, weight, bias, z, v, carrier)
+
+
+def _expand(factor: Tensor, v: Tensor, transposed: bool) -> Tensor:
+    """`expand` of operands that are right."""
+    if torch.is_grad_enabled() or is_followed(factor, v):
+        dweight: Tensor = torch.ops.velora.expand.default(factor, v, transposed)
+        return dweight
+    return _expand_cuda(factor, v, transposed) if factor.is_cuda else expand_plain(factor, v, transposed)
 
 
 def _linear_forward(
@@ -175,12 +184,14 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, v: Tensor, carrier: Tensor | None
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, v: Tensor, carrier: Tensor | None
     ) -> Tensor:
-        _linear_setup(ctx, (x, weight, bias, z, v, carrier), x)
-        y = F.linear(x, weight, bias)
-        # A view could not be written in place: what it is a view of, which nothing else knows, takes its shape.
-        return y if y._base is None else y._base.resize_(y.shape)
+        # Below the views: one could not be written in place.
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            if z is None:
+                z = _compress_cuda(x, v) if x.is_cuda else compress_blocks(x, v, None)
+            _linear_setup(ctx, (x, weight, bias, z, v, carrier), x)
+            return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -202,17 +213,19 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     weight, z, v = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, _, _, needs_carrier = ctx.needs_input_grad
-    num_rows = prod(dy.shape[:-1])  # -1 would be ambiguous where a size is 0
-    rows = dy.reshape(num_rows, dy.shape[-1])
+    *lead, out = dy.shape
+    num_rows = prod(lead)  # -1 would be ambiguous where a size is 0
+    rows = dy.reshape(num_rows, out)
     dx = dweight = dbias = dcarrier = None
     if needs_x:
-        dx = (rows @ weight).reshape(*dy.shape[:-1], weight.shape[1])
+        dx = (rows @ weight).view(*lead, weight.shape[1])
     if needs_bias:
         dbias = rows.sum(0)
     if needs_weight or needs_carrier:
         # Under autocast dY is in low precision and z is not.
-        factor = rows.t() @ z.reshape(num_rows, z.shape[-1]).to(dy.dtype)
-        dweight = expand(factor, v, ctx.is_transposed) if needs_weight else None
+        z = z if z.dtype == dy.dtype else z.to(dy.dtype)
+        factor = rows.t() @ z.reshape(num_rows, z.shape[-1])
+        dweight = _expand(factor, v, ctx.is_transposed) if needs_weight else None
         dcarrier = factor if needs_carrier else None
     return dx, dweight, dbias, None, None, dcarrier
 

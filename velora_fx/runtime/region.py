@@ -64,7 +64,7 @@ class Region(StandIn):
         self.name = name
         self.choices = dict(choices)
         self.projections = dict(projections)
-        self.placed = dict(projections)
+        self.placed = list(projections.values())
         self.graphs = graphs
         self.notices = notices
         self.live = LiveBlock(block)
@@ -161,17 +161,16 @@ class Region(StandIn):
                 f"got {tuple(v.shape)}"
             )
         self.projections[tensor] = v.detach().to("cpu", copy=True)
-        self.placed = dict(self.projections)
+        self.placed = list(self.projections.values())
 
     def placed_on(self, device: torch.device) -> list[torch.Tensor]:
         """The projections on a device; they stay there until another one is asked for."""
-        placed = list(self.placed.values())
-        if all(v.device == device for v in placed):
-            return placed
-        moved = {name: v.to(device) for name, v in self.projections.items()}
+        if self.placed[0].device == device:
+            return self.placed
+        moved = [v.to(device) for v in self.projections.values()]
         if not torch.compiler.is_compiling():
             self.placed = moved
-        return list(moved.values())
+        return moved
 
 
 def _tell_traced(context: Any) -> None:
@@ -182,9 +181,10 @@ def _tell_traced(context: Any) -> None:
 
 def make_call(block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seen: Seen | None = None) -> Call:
     """A call of a block as regions see it: empty caches are None. `seen` is the block, if it was looked at."""
-    if any([is_cache(value) for value in (*args, *kwargs.values())]):
-        args, kwargs = without_empty_caches(args, kwargs, _layer_of(block))
     structure, leaves = flatten((args, kwargs))
+    if any([is_cache(leaf) for leaf in leaves]):
+        args, kwargs = without_empty_caches(args, kwargs, _layer_of(block))
+        structure, leaves = flatten((args, kwargs))
     return Call(block, args, kwargs, structure, leaves, state_of(block) if seen is None else seen.state)
 
 
