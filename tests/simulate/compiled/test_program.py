@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -58,6 +59,35 @@ def test_of_many_blocks_the_inner_ones_are_compiled_apart_and_once() -> None:
 
 def test_by_blocks_each_one_is_apart() -> None:
     assert names(compiled(stack(num_blocks=2), apart=all_calls)[0]) == ["blocks.0", "blocks.1", ""]
+
+
+@dataclass
+class Result:
+    loss: Tensor
+    rows: int
+
+
+class Recording(Stack):
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: Any = None) -> Any:
+        return Result(super().forward(x), len(x))
+
+
+def test_a_result_that_is_a_dataclass_of_the_models_own_is_one_again() -> None:
+    torch.manual_seed(0)
+    forward, x = compiled(Recording(2).train())
+    result = forward(x)
+    assert isinstance(result, Result) and result.rows == len(x)
+    result.loss.backward()
+    assert all(parameter.grad is not None for parameter in forward.model.parameters())
+
+
+def test_a_result_of_another_kind_is_refused_with_what_is_allowed() -> None:
+    class Odd(Stack):
+        def forward(self, x: Tensor, mask: Tensor | None = None, cache: Any = None) -> Any:
+            return {"loss": super().forward(x), "made": object()}
+
+    with pytest.raises(ValueError, match=r"cannot be planned for a model that returns a object: .* compiled=False"):
+        compiled(Odd(2).train())
 
 
 class Returning(Stack):

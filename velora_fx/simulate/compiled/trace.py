@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import copy
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,13 +38,15 @@ class Trace:
     """The graph of a model's forward but for the blocks left out, and its result: the leaves, with _TENSOR where a
     tensor belongs, and their structure.
 
-    The first `num_results` outputs are the tensors of the result, and those in the caches that it holds.
+    The first `num_results` outputs are the tensors of the result, and those in the caches that it holds. A result that
+    is a dataclass of the model's own is its fields by name, and `record` one like it to put them into.
     """
 
     gm: GraphModule
     leaves: Sequence[Any]
     structure: Any
     num_results: int
+    record: Any = None
 
     @property
     def returns_caches(self) -> bool:
@@ -53,7 +57,8 @@ class Trace:
         """The model's result from its tensors; caches are None."""
         filled = iter(tensors)
         leaves = [next(filled) if leaf is _TENSOR else None if leaf is _CACHE else leaf for leaf in self.leaves]
-        return _pytree.tree_unflatten(leaves, self.structure)
+        result = _pytree.tree_unflatten(leaves, self.structure)
+        return result if self.record is None else _with_fields(self.record, result)
 
 
 def trace(
@@ -85,6 +90,9 @@ def trace(
         marks = replay(model, calls, list(given), passed_by)
         with marks as marked, refusals(own_backwards=True), as_compiled():
             output = call_with(model, named, call_args, call_kwargs)
+        if dataclasses.is_dataclass(output) and type(output) not in _pytree.SUPPORTED_NODES:
+            fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+            result["record"], output = _with_fields(output, dict.fromkeys(fields)), fields
         result["leaves"], result["structure"] = _pytree.tree_flatten(output)
         held = [tensor for leaf in result["leaves"] if _is_cache(leaf) for tensor in tensors_inside(leaf)]
         results = [*tensors_of(result["leaves"]), *held]
@@ -105,7 +113,14 @@ def trace(
         ) from error
     kinds = [_kind_of(leaf) for leaf in result["leaves"]]
     gm = run(plain_graph_module(program, list(state)), PREPARE)
-    return Trace(gm, kinds, result["structure"], result["num_results"])
+    return Trace(gm, kinds, result["structure"], result["num_results"], result.get("record"))
+
+
+def _with_fields(record: Any, fields: Mapping[str, Any]) -> Any:
+    made = copy.copy(record)
+    for name, value in fields.items():
+        object.__setattr__(made, name, value)
+    return made
 
 
 def _is_cache(leaf: Any) -> bool:
@@ -119,7 +134,10 @@ def _kind_of(leaf: Any) -> Any:
         return _CACHE
     if isinstance(leaf, CONSTANTS):
         return leaf
-    raise ValueError(f"compiled=True cannot plan for a model that returns a {type(leaf).__name__}: use compiled=False")
+    raise ValueError(
+        f"a compiled step cannot be planned for a model that returns a {type(leaf).__name__}: return tensors, numbers "
+        "and text in tuples, lists, dicts or a dataclass, or use compiled=False"
+    )
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:
