@@ -41,6 +41,15 @@ def reasons(plan: velora_fx.Plan) -> dict[str, str]:
     return {skipped.module: skipped.reason for skipped in plan.skipped}
 
 
+def test_a_narrow_input_is_left_out_unless_it_is_asked_for() -> None:
+    layers = [nn.Linear(64, 16), nn.GELU(), nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 4)]
+    model, batch = nn.Sequential(*layers), (torch.randn(32, 64),)
+    plan = tightest(model, batch)
+    assert consumers(plan) == {"4"}  # the input of the first is the batch
+    assert reasons(plan)["2"].startswith("its input is only 16 wide")
+    assert consumers(tightest(model, batch, filter_fn=lambda module, name: True)) == {"2", "4"}
+
+
 @pytest.mark.parametrize("num_blocks", [2, 1])
 @pytest.mark.parametrize("positions", [16, 1024])
 def test_the_head_over_the_vocabulary_is_left_out_whatever_else_is_embedded(positions: int, num_blocks: int) -> None:

@@ -233,7 +233,7 @@ ZOO: tuple[Case, ...] = (
     Case("t5", _t5, _translate, _TEXTS, "encoder.block.{}", 6, 6),
     Case("whisper", _whisper, _transcribe, _TEXTS, "model.encoder.layers.{}", 6, 6),
     Case("mixtral", _mixtral, _causal, _TEXTS, _LAYERS, 5, 4),
-    Case("llama_lora", _lora, _causal, _TEXTS, "base_model.model.model.layers.{}", 13, 6),
+    Case("llama_lora", _lora, _causal, _TEXTS, "base_model.model.model.layers.{}", 13, 3),
     Case("torch_encoder", _Classifier, _tokens, _TEXTS, "encoder.layers.{}", 4, 4),
     Case("mlp", _mlp, _rows, _TEXTS, None, 3, 2, paddable=False),
 )

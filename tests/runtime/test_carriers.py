@@ -105,15 +105,15 @@ def test_the_names_sort_into_the_groups_of_their_weights():
 def sharing(m: Of, x: torch.Tensor) -> torch.Tensor:
     """Two linears with one weight, one that takes half of a weight, and one whose weight is used twice."""
     x = m.b(torch.tanh(m.a(torch.tanh(x))))
-    x = nn.functional.linear(torch.tanh(x), m.c.weight[:8]).repeat(1, 2)
+    x = nn.functional.linear(torch.tanh(x), m.c.weight[:16]).repeat(1, 2)
     x = m.d(torch.sigmoid(m.d(torch.tanh(x)))) + m.d.weight.sum()
     return m.e(torch.tanh(x)).square().mean()
 
 
 def test_weights_without_a_factor_of_their_own_stay_dense_and_the_plan_says_why():
-    model = Of(sharing, **{name: nn.Linear(16, 16, bias=False) for name in "abcde"})
+    model = Of(sharing, **{name: nn.Linear(32, 32, bias=False) for name in "abcde"})
     model.b.weight = model.a.weight
-    plan = tightest(model, (torch.randn(8, 16),), gradients="factored")
+    plan = tightest(model, (torch.randn(8, 32),), gradients="factored")
     assert [name for decision in plan.compressed for name in decision.consumers] == ["e"]
     reasons = {skipped.module.partition("#")[0]: skipped.reason for skipped in plan.skipped}
     assert "shared" in reasons["a"] and "part of its weight" in reasons["c"] and "part of its weight" in reasons["d"]

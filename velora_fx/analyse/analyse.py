@@ -37,6 +37,8 @@ from velora_fx.simulate.equal_blocks import WHOLE, BlockTracker, Shortened, Show
 
 KERNELS: Mapping[type, str] = {torch.nn.LSTM: "LSTM layers", torch.nn.modules.conv._ConvNd: "convolutions"}
 
+NARROW = 32  # an adapter's second matrix, whose input is as wide as its rank, learns worst from sub-tokens
+
 
 @dataclass(frozen=True)
 class Analysis:
@@ -228,7 +230,7 @@ def exclusion(
     options: Options,
 ) -> str | None:
     """Why a product is left as it is by choice: what `filter_fn` says, or by default that its weight is one of the
-    embeddings, or the size of one as an output head's is."""
+    embeddings, or the size of one as an output head's is, or that its input is narrow."""
     name = full_name(use.region, use.parameter)
     parameter = parameters[name]
     if options.filter_fn is not None:
@@ -239,6 +241,9 @@ def exclusion(
     is_outside_of_blocks = "" in (use.region, use.consumer)
     if is_outside_of_blocks and any(weight.shape == parameter.shape for weight in embeddings):
         return "it is the output head over a vocabulary (filter_fn overrides)"
+    width = parameter.shape[use.input_dim] if use.input_dim is not None else NARROW
+    if width < NARROW:
+        return f"its input is only {width} wide, of which sub-tokens cost more than they free (filter_fn overrides)"
     return None
 
 
