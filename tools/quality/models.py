@@ -80,6 +80,8 @@ def compress(model: nn.Module, task: Task, way: Way, batch: dict[str, Tensor], s
                 by_size.setdefault(size, []).append(consumer)
         for size, consumers in by_size.items():
             decisions.append(replace(decision, action="compress", sub_token_size=size, consumers=tuple(consumers)))
+    if not decisions:
+        raise ValueError(f"this way compresses {way.sizes}, and the model has none of these linears")
     plan = replace(offered, decisions=tuple(decisions), projection=way.projection, seed=seed)
     velora_fx.apply(model, plan, batch)
     return sum(len(decision.consumers) for decision in decisions)
@@ -99,8 +101,14 @@ def _untouched_plan(task: Task, gradients: str, device: str) -> velora_fx.Plan:
     """The plan of a step with nothing done about it; `decisions` are what could be compressed."""
     model = make_model(task, Way(), 0, device, None)
     batch = batch_of(torch.zeros(task.texts, task.length, dtype=torch.int64, device=device))
+
+    def is_in_a_block(module: nn.Module, name: str) -> bool:
+        return any(part.isdigit() for part in name.split("."))
+
     with precision(device):
-        return velora_fx.plan(model, None, batch, method="compress", compiled=False, gradients=gradients)
+        return velora_fx.plan(
+            model, None, batch, method="compress", compiled=False, gradients=gradients, filter_fn=is_in_a_block
+        )
 
 
 def batch_of(ids: Tensor) -> dict[str, Tensor]:

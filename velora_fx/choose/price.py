@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 # If all weights had sub-tokens of this size: the share of the step's time that it is worth to avoid that.
-SHARES = {1: 0, 2: 0.0033, 4: 0.0067, 8: 0.01, 16: 0.2021, 32: 0.2031}
+SHARES = {1: 0, 2: 0.0033, 4: 0.0067, 8: 0.01, 16: 0.197, 32: 0.2705}
 # The largest size that is offered at first, and then each time that the budget is not met at a fair price.
 STEPS = (8, 16, 32, 64, 128)
 FAIR_SHARE = 0.25  # of the step's time that recompute may take before larger sub-tokens are offered
