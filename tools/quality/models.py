@@ -80,7 +80,7 @@ def compress(model: nn.Module, task: Task, way: Way, batch: dict[str, Tensor], s
                 by_size.setdefault(size, []).append(consumer)
         for size, consumers in by_size.items():
             decisions.append(replace(decision, action="compress", sub_token_size=size, consumers=tuple(consumers)))
-    if not decisions:
+    if not decisions and not way.spared:
         raise ValueError(f"this way compresses {way.sizes}, and the model has none of these linears")
     plan = replace(offered, decisions=tuple(decisions), projection=way.projection, seed=seed)
     velora_fx.apply(model, plan, batch)
