@@ -37,7 +37,7 @@ from velora_fx.simulate.equal_blocks import WHOLE, BlockTracker, Shortened, Show
 
 KERNELS: Mapping[type, str] = {torch.nn.LSTM: "LSTM layers", torch.nn.modules.conv._ConvNd: "convolutions"}
 
-NARROW = 32  # an adapter's second matrix, whose input is as wide as its rank, learns worst from sub-tokens
+NARROW = 16  # an adapter's second matrix, whose input is as wide as its rank, learns worst from sub-tokens
 
 
 @dataclass(frozen=True)
