@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 AnyRow = TypeVar("AnyRow", bound=Any)  # a frozen dataclass with an `error`
 NO_END = math.inf
+ENDING_SECONDS = 30.0
 OVER, DIED = "stopped: the time was over", "its process died"
 
 
@@ -69,6 +70,7 @@ def apart(
     process = context.Process(target=_send, args=(sending, dict(environment or {}), measured, row))
     process.start()
     sending.close()
+    is_there = False
     try:
         is_there = receiving.poll(None if until == NO_END else max(0.0, until - time.monotonic()))
         found: AnyRow = receiving.recv() if is_there else replace(row, error=OVER)
@@ -76,6 +78,7 @@ def apart(
     except EOFError:
         return replace(row, error=DIED)
     finally:
+        process.join(ENDING_SECONDS if is_there else 0.0)  # it gives back what it shares with this one
         process.kill()
         process.join()
 
