@@ -186,12 +186,13 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, v: Tensor, carrier: Tensor | None
     ) -> Tensor:
-        # Below the views: one could not be written in place.
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            if z is None:
+        if z is None:
+            with torch._C._AutoDispatchBelowADInplaceOrView():
                 z = _compress_cuda(x, v) if x.is_cuda else compress_blocks(x, v, None)
-            _linear_setup(ctx, (x, weight, bias, z, v, carrier), x)
-            return F.linear(x, weight, bias)
+        _linear_setup(ctx, (x, weight, bias, z, v, carrier), x)
+        y = F.linear(x, weight, bias)
+        # A view could not be written in place: what it is a view of, which nothing else knows, takes its shape.
+        return y if y._base is None else y._base.resize_(y.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
