@@ -102,3 +102,8 @@ def test_rows_of_the_same_place_are_found_again_with_their_figures(tmp_path: Pat
     assert [row.text for row in rows_before(file, elsewhere, asked)] == ["there"]
     assert rows_before(file, replace(header, commit="new"), asked) == []
     assert json.loads(file.read_text().splitlines()[0])["takes"] == 9
+
+
+def test_a_header_names_no_folder_of_the_machine() -> None:
+    header = header_of("tools/quality --results /a/b --quick --cache=/c/d", "cpu")
+    assert header.command == "tools/quality --quick"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import re
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -19,6 +20,7 @@ from tools.bench.timing import Timing
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "torchao")
 OF_A_RUN = ("command", "date")  # what is in a header and differs between two runs in one place
+PLACES = re.compile(r" --(results|cache|compile-cache|plans)[ =]\S+")  # folders of one machine, in a command
 LONGEST_CELL = 60
 AnyRow = TypeVar("AnyRow", bound=Any)  # a frozen dataclass with an `error`
 
@@ -49,11 +51,11 @@ class Header:
 
 
 def header_of(command: str, device: str) -> Header:
-    """The header of a run that starts now."""
+    """The header of a run that starts now; of the command without the folders that it names."""
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device()) if device == "cuda" else None
     versions = {package: _version(package) for package in PACKAGES}
     return Header(
-        command=command,
+        command=PLACES.sub("", command),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         commit=_commit(),
         machine=platform.platform(),
