@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tools.accuracy.models import batch_of
 from tools.bench.models import make_model
-from tools.bench.ops import KEPT, OpCase, projection_of, torch_dtype
+from tools.bench.ops import KEPT, OpCase, fused_contenders, projection_of, torch_dtype
 from tools.bench.train import TrainRow, Way, optimizer_of, plan_for, prepare
 from velora_fx.ops import fold
 from velora_fx.ops import velora as ops
@@ -27,7 +27,7 @@ def operator_complaints(cases: Sequence[OpCase], device: str) -> list[str]:
     for case in cases:
         eps = torch.finfo(torch_dtype(case.dtype)).eps
         for operator, ours, truth in _operators(case, device):
-            bound = max(FLOAT_BOUND, 2 * eps if operator in ("fold", "dW") else eps)  # those are rounded twice
+            bound = max(FLOAT_BOUND, 2 * eps if operator.startswith(("fold", "dW")) else eps)  # those are rounded twice
             found += error_complaints(f"{operator} {case}", ours, truth, bound)
     return found
 
@@ -63,7 +63,10 @@ def _operators(case: OpCase, device: str) -> Iterator[tuple[str, Tensor, Tensor]
     weight = torch.zeros(case.out, case.width, dtype=dtype, device=device, requires_grad=True)
     ops.linear(x, weight, None, z, v, None).backward(dy)  # type: ignore[no-untyped-call]
     assert weight.grad is not None
-    yield "dW", weight.grad, ((dy.double().t() @ z.double()).unsqueeze(-1) * v.double()).flatten(1)
+    truth = ((dy.double().t() @ z.double()).unsqueeze(-1) * v.double()).flatten(1)
+    yield "dW", weight.grad, truth
+    for cut, contender in fused_contenders(device).items():
+        yield f"dW, fused by {cut},", contender(dy, z, v), truth
 
 
 def fold_complaints(device: str) -> list[str]:

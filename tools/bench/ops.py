@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from typing import TypeAlias
 
 import torch
@@ -51,8 +52,8 @@ class OpRow:
     """One operator at one size, beside what it is compared with.
 
     `bytes` are those it has to read and write. For compress, expand and fold `plain` is the ATen expression; for dW
-    `product` is the part dYᵀ z, `dense` is dYᵀ x, `rebuilt` the product with x̂ made again, as `rebuilt_by` does it.
-    `copy` moves the same bytes.
+    `product` is the part dYᵀ z, `dense` is dYᵀ x, `rebuilt` the product with x̂ made again, as `rebuilt_by` does it,
+    `fused` all in one kernel, cut as `fused_by` says, the fastest of several. `copy` moves the same bytes.
     """
 
     operator: str
@@ -68,6 +69,8 @@ class OpRow:
     dense: Timing | None = None
     rebuilt: Timing | None = None
     rebuilt_by: str | None = None
+    fused: Timing | None = None
+    fused_by: str | None = None
     error: str | None = None
 
     def __str__(self) -> str:
@@ -194,15 +197,26 @@ def _weight_gradient(row: OpRow) -> OpRow:
     inputs = _rotated(row, read_bytes, (case.rows, case.out), (case.rows, case.groups))
     rebuilt_by, rebuild = _rebuild(row, v)
     calls: Calls = [lambda dy, z: ops.expand(dy.t() @ z, v, False), lambda dy, z: dy.t() @ z, rebuild]
-    ours, product, rebuilt = _time(row, calls, inputs)
+    contenders = fused_contenders(row.device)
+    calls += [partial(contender, v=v) for contender in contenders.values()]
+    ours, product, rebuilt, *fused = _time(row, calls, inputs)
+    best = min(zip(fused, contenders, strict=True), key=lambda each: each[0].median_seconds, default=(None, None))
     del inputs
     dense_bytes = case.rows * (case.out + case.width) * case.itemsize
     inputs = _rotated(row, dense_bytes, (case.rows, case.out), (case.rows, case.width))
     (dense,) = _time(row, [lambda dy, x: dy.t() @ x], inputs)
     num_bytes = read_bytes + case.out * case.width * case.itemsize
-    return replace(
-        row, bytes=num_bytes, ours=ours, product=product, dense=dense, rebuilt=rebuilt, rebuilt_by=rebuilt_by
-    )
+    timings = {"ours": ours, "product": product, "dense": dense, "rebuilt": rebuilt, "fused": best[0]}
+    return replace(row, bytes=num_bytes, rebuilt_by=rebuilt_by, fused_by=best[1], **timings)
+
+
+def fused_contenders(device: str) -> dict[str, Callable[..., Tensor]]:
+    """Kernels that make dW of dY, z and v at once, by how they cut it; none where Triton has no device."""
+    if device != "cuda" or find_spec("triton") is None:
+        return {}
+    from tools.bench.fused import CONTENDERS, weight_gradient
+
+    return {str(tiles): partial(weight_gradient, tiles=tiles) for tiles in CONTENDERS}
 
 
 def _rebuild(row: OpRow, v: Tensor) -> tuple[str, Callable[..., object]]:

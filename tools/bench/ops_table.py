@@ -26,7 +26,7 @@ HEAD = ("operator", "x", "O", "dtype", "M", "ms")
 MOVING_HEADERS = (*HEAD, "GB/s", "of copy bandwidth", "copy of the same bytes, ms", "ATen, ms", "ATen / ours")
 PRODUCT_HEADERS = (
     *HEAD, "dYᵀ z alone, ms", "dense dYᵀ x, ms", "dense / ours", "rebuilt, ms", "rebuilt / ours", "rebuilt by",
-    "bound, ms", f"ours / bound (target {TARGET})",
+    "bound, ms", f"ours / bound (target {TARGET})", "fused, ms", "ours / fused", "fused by",
 )  # fmt: skip
 
 
@@ -53,5 +53,6 @@ def _product_cells(row: OpRow) -> list[str]:
     return [
         milliseconds(row.product), milliseconds(row.dense), f"{row.dense.median_seconds / seconds:.2f}",
         milliseconds(row.rebuilt), f"{row.rebuilt.median_seconds / seconds:.2f}", row.rebuilt_by or "-",
-        f"{row.bound_seconds * 1e3:.3f}", f"{row.to_bound:.2f}",
+        f"{row.bound_seconds * 1e3:.3f}", f"{row.to_bound:.2f}", milliseconds(row.fused),
+        "-" if row.fused is None else f"{seconds / row.fused.median_seconds:.2f}", row.fused_by or "-",
     ]  # fmt: skip

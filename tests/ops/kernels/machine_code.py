@@ -31,7 +31,14 @@ class MachineCode:
 
 
 def compiled(
-    kernel: Any, signature: dict[str, str], constants: Any, aligned: bool, arch: int, num_warps: int, path: Path
+    kernel: Any,
+    signature: dict[str, str],
+    constants: Any,
+    aligned: bool,
+    arch: int,
+    num_warps: int,
+    path: Path,
+    num_stages: int = 3,
 ) -> MachineCode:
     """The kernel for a GPU of compute capability `arch` (80, 90), with all arguments divisible by 16 if `aligned`."""
     names = [*signature, *constants]
@@ -39,7 +46,9 @@ def compiled(
         (names.index(name),): [["tt.divisibility", 16]] for name in signature if aligned or "*" in signature[name]
     }
     source = ASTSource(kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants, attributes)
-    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps})
+    made = triton.compile(
+        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps, "num_stages": num_stages}
+    )
     binary = path / "kernel.cubin"
     binary.write_bytes(made.asm["cubin"])
     usage = subprocess.run(
