@@ -56,7 +56,8 @@ class Recomputed:
 class Exact:
     """The best that is reached exactly, instead of by compression: whether it fits the budget, its peak and time.
 
-    `means` is "untouched" where the step fits as it is, or "checkpointing" (`method="exact"` installs it).
+    `means` is "untouched" where the step fits as it is, or "checkpointing" (`method="exact"` installs it). Its figures
+    for a compiled step are estimates, within a few percent; `method="exact"` plans with the true ones.
     """
 
     means: Literal["checkpointing", "untouched"]

@@ -31,7 +31,7 @@ def assert_expected(analysis: Analysis) -> None:
     for _ in range(5):
         levels = [choices.randint(0, len(candidate.sizes)) for candidate in problem.candidates]
         tied = [levels[item.tied_to[0]] if item.tied_to else 0 for item in problem.items[len(levels) :]]
-        expected = max(moment.bytes_at(problem.items, [*levels, *tied]) for moment in problem.moments)
+        expected = max(moment.bytes_at(problem.items, [*levels, *tied]) for moment in problem.program.moments)
         peak = problem.analysis.peak(problem.actions([*levels, *tied])).tensor_bytes
         assert expected == pytest.approx(peak, rel=1e-4)
         drawn.add(peak)

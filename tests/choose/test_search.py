@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partialmethod
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from tests.helpers.toys import AfterBlocks, rows, stack, without_dropout
 from tests.helpers.zoo import ZOO, loss_of
 from velora_fx.analyse import Actions, Analysis, analyse
 from velora_fx.choose.search import Search
-from velora_fx.choose.solver import RELATIVE_GAP, Item, Moment, choose
+from velora_fx.choose.solver import RELATIVE_GAP, Program
 from velora_fx.options import Options
 
 CASES = {case.name: case for case in ZOO}
@@ -58,7 +57,7 @@ def test_which_of_equally_dear_solutions_the_solver_finds_does_not_matter(monkey
     analysis = analysis_of("gpt2")
     peaks = []
     for seed in (0, 3):
-        monkeypatch.setattr(velora_fx.choose.search, "choose", partial(choose_among_equals, seed))
+        monkeypatch.setattr(Program, "levels_within", partialmethod(among_equals, seed=seed))
         search = Search(analysis, compresses=True, recomputes=False)
         smallest, untouched = search.tightest[1].peak_bytes, analysis.baseline.peak_bytes
         budgets = [smallest + (untouched - smallest) * number // 19 for number in (1, 18)]
@@ -66,13 +65,17 @@ def test_which_of_equally_dear_solutions_the_solver_finds_does_not_matter(monkey
     assert peaks[0] == peaks[1]
 
 
-def choose_among_equals(
-    seed: int, items: Sequence[Item], moments: Sequence[Moment], budget_bytes: int
-) -> tuple[int, ...] | None:
-    """`choose` with costs that differ within its gap, differently for each budget."""
+LEVELS_WITHIN = Program.levels_within
+
+
+def among_equals(program: Program, budget_bytes: int, seed: int) -> tuple[int, ...] | None:
+    """`levels_within` with costs that differ within its gap, differently for each budget."""
     chance = random.Random(seed + budget_bytes)
-    noisy = [replace(i, costs=tuple(c * (1 + 0.9 * RELATIVE_GAP * chance.random()) for c in i.costs)) for i in items]
-    return choose(noisy, moments, budget_bytes)
+    noisy = [
+        replace(item, costs=tuple(cost * (1 + 0.9 * RELATIVE_GAP * chance.random()) for cost in item.costs))
+        for item in program.items
+    ]
+    return LEVELS_WITHIN(Program(noisy, program.moments), budget_bytes)
 
 
 @pytest.mark.parametrize("tried", [(), (0, 4), (1, 2, 3, 6)])
@@ -82,6 +85,7 @@ def test_the_lowest_rung_of_a_cost_is_found(
 ) -> None:
     costs = (math.inf, math.inf, 7.0, 7.0 * (1 + RELATIVE_GAP / 2), 7.0, 3.0, 3.0)
     monkeypatch.setattr(Search, "_cost", lambda self, rung: costs[rung])
+    monkeypatch.setattr(Search, "_reached", lambda self, rung: rung)
     search = Search(None, compresses=True, recomputes=False)
     search._solved.update(dict.fromkeys(tried))
     assert search._lowest_alike(rung) == lowest
@@ -181,7 +185,7 @@ def test_no_plan_is_dearer_than_everything_at_one_size_that_fits(name: str) -> N
 def test_where_the_solver_finds_nothing_cheap_everything_at_one_size_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     search = TOYS["modulated"]()
     smallest, untouched = search.tightest[1].peak_bytes, search.analysis.baseline.peak_bytes
-    monkeypatch.setattr(velora_fx.choose.search, "choose", lambda *_: None)
+    monkeypatch.setattr(Program, "levels_within", lambda *_: None)
     actions, peak = search.within(smallest + (untouched - smallest) // 3)
     assert actions == search.problem.all_at(1) and peak.peak_bytes < smallest + (untouched - smallest) // 3
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from velora_fx.choose.solver import Item, Moment, _trimmed, choose, highest_levels
+from velora_fx.choose.solver import Item, Moment, Program, _trimmed, highest_levels
 
 GAP = 1e-4  # of the optimal cost, as the solver promises; the trim afterwards only lowers it
 few = settings(max_examples=150, deadline=None, derandomize=True)
@@ -58,7 +58,7 @@ class Instance:
         return (levels for levels in choices if self.allowed(levels))
 
     def solved(self) -> Levels | None:
-        return choose(self.items, self.moments, self.budget)
+        return Program(self.items, self.moments).levels_within(self.budget)
 
 
 def growing(draw: st.DrawFn, length: int, largest: int) -> tuple[int, ...]:
@@ -278,36 +278,36 @@ def test_gibibytes_are_counted_to_the_byte(instance):
 def test_a_level_that_is_some_bytes_short_is_not_enough(short):
     gigabytes = 10**10
     items = (Item("a", (gigabytes - short, gigabytes + 1), (1.0, 2.0)),)
-    assert choose(items, (Moment(2 * gigabytes, ((0, 1),)),), gigabytes) == (2,)
+    assert Program(items, (Moment(2 * gigabytes, ((0, 1),)),)).levels_within(gigabytes) == (2,)
 
 
 def test_a_budget_that_needs_no_compression_gets_none():
     items = (Item("a", (4,), (1.0,)), Item("b", (4,), (1.0,)))
-    assert choose(items, (Moment(10, ((0, 1), (1, 1))), Moment(7, ())), 10) == (0, 0)
+    assert Program(items, (Moment(10, ((0, 1), (1, 1))), Moment(7, ()))).levels_within(10) == (0, 0)
 
 
 def test_a_moment_where_nothing_is_alive_cannot_be_lowered():
-    assert choose((Item("a", (4,), (1.0,)),), (Moment(10, ((0, 1),)), Moment(8, ())), 7) is None
+    assert Program((Item("a", (4,), (1.0,)),), (Moment(10, ((0, 1),)), Moment(8, ()))).levels_within(7) is None
 
 
 @pytest.mark.parametrize(("budget", "expected"), [(9, None), (10, ())])
 def test_without_items_the_moments_fit_or_do_not(budget, expected):
-    assert choose((), (Moment(10, ()),), budget) == expected
+    assert Program((), (Moment(10, ()),)).levels_within(budget) == expected
 
 
 def test_the_first_of_a_group_is_compressed_first():
     items = tuple(Item("a", (4,), (1.0,)) for _ in range(4))
     alive = tuple((index, 1) for index in range(4))
-    assert choose(items, (Moment(20, alive),), 12) == (1, 1, 0, 0)
+    assert Program(items, (Moment(20, alive),)).levels_within(12) == (1, 1, 0, 0)
 
 
 def test_items_of_different_groups_are_free_of_each_other():
     items = (Item("a", (4,), (2.0,)), Item("b", (4,), (1.0,)))
-    assert choose(items, (Moment(10, ((0, 1), (1, 1))),), 6) == (0, 1)
+    assert Program(items, (Moment(10, ((0, 1), (1, 1))),)).levels_within(6) == (0, 1)
 
 
 def test_a_storage_that_is_alive_twice_is_lowered_twice():
-    assert choose((Item("a", (4,), (1.0,)),), (Moment(10, ((0, 2),)),), 2) == (1,)
+    assert Program((Item("a", (4,), (1.0,)),), (Moment(10, ((0, 2),)),)).levels_within(2) == (1,)
 
 
 def transformer(num_layers: int, sizes: Sequence[int]) -> tuple[tuple[Item, ...], tuple[Moment, ...]]:
@@ -338,7 +338,7 @@ def test_a_model_of_ordinary_size_is_solved_within_the_promised_gap(share, monke
     highest = max(moment.peak_bytes for moment in moments)
     least = max(moment.bytes_at(items, [7] * len(items)) for moment in moments)
     budget = int(highest - (highest - least) * share)
-    levels = choose(items, moments, budget)
+    levels = Program(items, moments).levels_within(budget)
     assert levels is not None
     assert Instance(items, moments, budget).allowed(levels)
     top = max(moments, key=lambda moment: moment.peak_bytes)
@@ -368,7 +368,7 @@ def test_a_later_item_may_be_compressed_where_an_earlier_one_of_its_group_is_cov
         Item("blocks", (30,), (5.0,)),
         Item("blocks", (30,), (5.0,)),
     )
-    assert choose(items, (Moment(100, ((0, 1), (1, 1), (2, 1), (3, 1))),), 60) == (0, 1, 1, 0)
+    assert Program(items, (Moment(100, ((0, 1), (1, 1), (2, 1), (3, 1))),)).levels_within(60) == (0, 1, 1, 0)
 
 
 @few
@@ -384,14 +384,14 @@ def test_from_everything_compressed_levels_are_lowered_until_none_can_be(instanc
 def test_where_the_solver_finds_nothing_in_time_everything_is_compressed_that_has_to_be(monkeypatch):
     monkeypatch.setattr("velora_fx.choose.solver._solve", lambda items, constraints, seconds: None)
     items = (Item("a", (4, 8), (2.0, 3.0)), Item("b", (4,), (1.0,)))
-    assert choose(items, (Moment(20, ((0, 1), (1, 1))),), 9) == (2, 1)
-    assert choose(items, (Moment(20, ((0, 1), (1, 1))),), 12) == (2, 0)
+    assert Program(items, (Moment(20, ((0, 1), (1, 1))),)).levels_within(9) == (2, 1)
+    assert Program(items, (Moment(20, ((0, 1), (1, 1))),)).levels_within(12) == (2, 0)
 
 
 def test_a_lower_moment_counts_at_which_something_is_alive_that_takes_more_than_it_frees():
     items = (Item("a", (10,), (1.0,)), Item("tied", (-50,), (), tied_to=(0,)))
     moments = (Moment(100, ((0, 1),)), Moment(99, ((0, 1), (1, 1))))
-    assert choose(items, moments, 95) is None
+    assert Program(items, moments).levels_within(95) is None
 
 
 @few

@@ -206,8 +206,8 @@ def _weight_gradient(row: OpRow) -> OpRow:
     inputs = _rotated(row, dense_bytes, (case.rows, case.out), (case.rows, case.width))
     (dense,) = _time(row, [lambda dy, x: dy.t() @ x], inputs)
     num_bytes = read_bytes + case.out * case.width * case.itemsize
-    timings = {"ours": ours, "product": product, "dense": dense, "rebuilt": rebuilt, "fused": best[0]}
-    return replace(row, bytes=num_bytes, rebuilt_by=rebuilt_by, fused_by=best[1], **timings)
+    row = replace(row, bytes=num_bytes, ours=ours, product=product, dense=dense)
+    return replace(row, rebuilt=rebuilt, rebuilt_by=rebuilt_by, fused=best[0], fused_by=best[1])
 
 
 def fused_contenders(device: str) -> dict[str, Callable[..., Tensor]]:

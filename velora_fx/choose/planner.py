@@ -67,10 +67,15 @@ class Planner:
         return best or self.tightest(self.options.method)
 
     def _cheapest(self, searches: Sequence[Search], budget_bytes: int) -> tuple[Actions, Peak] | None:
-        """The cheapest that the searches find within the budget; those that expect nothing or nothing better are left
-        out."""
+        """The cheapest that the searches find within the budget, of which the first has all that is allowed.
+
+        Those that expect nothing or nothing better are left out.
+        """
         best, least = None, math.inf
-        expected = [(search.expected(budget_bytes)[0], search) for search in searches]
+        expected = [(searches[0].expected(budget_bytes)[0], searches[0])]
+        for search in searches[1:]:
+            if search.least_cost(budget_bytes, searches[0].most_too_high_bytes) < min(cost for cost, _ in expected):
+                expected.append((search.expected(budget_bytes)[0], search))
         for cost, search in sorted(expected, key=lambda pair: pair[0]):
             if least <= cost:
                 break
@@ -120,17 +125,17 @@ class Planner:
         return self._search(self.options.compresses, self.options.recomputes, None)
 
     def _exact_rival(self, budget_bytes: int) -> Exact | None:
-        """The fastest exact step within the budget, or the smallest there is; None without blocks to recompute."""
+        """The fastest exact step within the budget, or the smallest there is; None without blocks to recompute.
+
+        Of a compiled step it is an estimate, as it is only compared with.
+        """
         untouched = self.analysis.baseline
         if untouched.peak_bytes <= budget_bytes:
             return Exact("untouched", True, untouched.peak_bytes, untouched.step_seconds)
         if not self.analysis.blocks:
             return None
-        search = self._search(*EXACT, None)
-        cost, peak = search.expected(budget_bytes)
-        if cost < math.inf:
-            _, peak = search.within(budget_bytes)
-        return Exact("checkpointing", peak.peak_bytes <= budget_bytes, peak.peak_bytes, peak.step_seconds)
+        cost, peak = self._search(*EXACT, None).expected(budget_bytes)
+        return Exact("checkpointing", cost < math.inf, peak.peak_bytes, peak.step_seconds)
 
     def _unreachable(self, plan: Plan) -> str:
         """What stands in the way of the budget, and what would help."""

@@ -10,7 +10,7 @@ from functools import cached_property
 from velora_fx.analyse import Actions, Analysis, Block, Candidate
 from velora_fx.choose.moments import find_moments
 from velora_fx.choose.price import share_of
-from velora_fx.choose.solver import Item, Moment
+from velora_fx.choose.solver import Item, Program
 from velora_fx.choose.updates import Freed, find_freed
 from velora_fx.runtime import Recompute
 from velora_fx.simulate import Timeline
@@ -58,10 +58,10 @@ class Problem:
         return [item for item, _ in self._placed]
 
     @cached_property
-    def moments(self) -> tuple[Moment, ...]:
-        """The moments of the trial step, with the items that are alive at each."""
+    def program(self) -> Program:
+        """What the solver solves: the items, and the moments of the trial step with those that are alive at each."""
         spans = [(*stretch, index) for index, (_, stretches) in enumerate(self._placed) for stretch in stretches]
-        return find_moments(self._trial, spans)
+        return Program(self.items, find_moments(self._trial, spans))
 
     @cached_property
     def _placed(self) -> list[tuple[Item, list[Stretch]]]:

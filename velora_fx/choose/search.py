@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from velora_fx.analyse import Actions, Analysis
 from velora_fx.choose.problem import Problem
-from velora_fx.choose.solver import RELATIVE_GAP, choose, highest_levels
+from velora_fx.choose.solver import RELATIVE_GAP, highest_levels
 from velora_fx.devices import tensors_within, with_overhead
 from velora_fx.peaks import Peak
 
@@ -60,6 +61,17 @@ class Search:
         actions, estimate = self._found_within(target_bytes)
         return self.problem.cost(actions) if estimate.tensor_bytes <= target_bytes else math.inf, estimate
 
+    def least_cost(self, budget_bytes: int, doubt_bytes: int) -> float:
+        """What nothing that is found here would cost less than, were the solver's estimates so much too high."""
+        target_bytes = self._target_of(tensors_within(budget_bytes, self.analysis.device)) + doubt_bytes
+        levels = self.problem.program.levels_within(target_bytes)
+        return math.inf if levels is None else self.problem.program.cost(levels)
+
+    @property
+    def most_too_high_bytes(self) -> int:
+        """By how much the solver's estimates are too high, as far as it is known."""
+        return max(0, *(-error for error in self._end_errors.values()))
+
     def _target_of(self, tensor_budget_bytes: int) -> int:
         """The budget for estimates: those of a compiled step are about as much off as that of the untouched one is."""
         return tensor_budget_bytes + max(0, self._untouched.tensor_bytes - self.analysis.baseline.tensor_bytes)
@@ -92,11 +104,14 @@ class Search:
     def _on_the_ladder(self, tensor_budget_bytes: int) -> tuple[Actions, Peak]:
         for is_trusted in (True, False):
             low, high = 0, self._rungs
+            errors = dict(self._end_errors)
             while high - low > 1:
                 middle = (low + high) // 2
-                fits = self._expected_to_fit(middle, tensor_budget_bytes) if is_trusted else None
+                fits = self._expected_to_fit(middle, tensor_budget_bytes, errors) if is_trusted else None
                 if fits is None:
-                    fits = self._rung(middle)[1].tensor_bytes <= tensor_budget_bytes
+                    peak = self._rung(middle)[1]
+                    errors[middle] = peak.tensor_bytes - self._estimate(middle)
+                    fits = peak.tensor_bytes <= tensor_budget_bytes
                 low, high = (middle, high) if fits else (low, middle)
             for rung in (self._lowest_alike(low), low):
                 found = self._rung(rung)
@@ -115,15 +130,24 @@ class Search:
                 return actions, peak
         return self._tightest
 
-    def _expected_to_fit(self, rung: int, tensor_budget_bytes: int) -> bool | None:
-        """What needs no simulation: how far the solver's estimates are off is known at both ends of the ladder."""
-        low, high = self._ends
-        errors = self._bottom.tensor_bytes - low, self._untouched.tensor_bytes - high
-        margin = abs(errors[1] - errors[0]) // 4 + (high - low) // self._rungs
-        target = self._target(rung)
-        if target + max(errors) + margin <= tensor_budget_bytes:
+    def _expected_to_fit(self, rung: int, tensor_budget_bytes: int, errors: Mapping[int, int]) -> bool | None:
+        """What needs no simulation, as `errors` tell how far off the solver's estimates are at other rungs.
+
+        Far from the budget a rung needs no solution either. The error of a solution is between those of its neighbours.
+        """
+        target_bytes, step_bytes = self._target(rung), self._target(1) - self._target(0)
+        ends = self._end_errors.values()
+        margin = (max(ends) - min(ends)) // 4 + step_bytes
+        if target_bytes + max(ends) + margin <= tensor_budget_bytes:
             return True
-        return False if target + min(errors) - margin > tensor_budget_bytes else None
+        if target_bytes + min(ends) - margin > tensor_budget_bytes or self._levels(rung) is None:
+            return False
+        estimate = self._estimate(rung)
+        below, above = max(r for r in errors if r < rung), min(r for r in errors if r > rung)
+        around = errors[below], errors[above]
+        if estimate + max(around) + step_bytes <= tensor_budget_bytes:
+            return True
+        return False if estimate + min(around) - step_bytes > tensor_budget_bytes else None
 
     def _lowest_alike(self, rung: int) -> int:
         """The lowest rung of the same cost: which of several solutions of that cost the solver finds is chance, and so
@@ -131,21 +155,32 @@ class Search:
         cost = self._cost(rung) * (1 + RELATIVE_GAP)
         low = max((tried for tried in self._solved if tried < rung and self._cost(tried) > cost), default=-1)
         high = min((tried for tried in self._solved if low < tried <= rung and self._cost(tried) <= cost), default=rung)
+        high, step = max(low + 1, self._reached(high)), 1
         while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self._cost(middle) <= cost else (middle, high)
+            tried = max(low + 1, high - step)
+            if self._cost(tried) <= cost:
+                high, step = max(low + 1, self._reached(tried)), 2 * step
+            else:
+                low, step = tried, 1
         return high
+
+    def _reached(self, rung: int) -> int:
+        """The lowest rung whose target this one's solution meets too."""
+        low, high = self._ends
+        return -(-(self._estimate(rung) - low) * self._rungs // max(1, high - low))
 
     def _cost(self, rung: int) -> float:
         levels = self._levels(rung)
-        if levels is None:
-            return math.inf
-        chosen = zip(self.problem.items, levels, strict=True)
-        return math.fsum(item.costs[level - 1] for item, level in chosen if level and item.costs)
+        return math.inf if levels is None else self.problem.program.cost(levels)
+
+    def _estimate(self, rung: int) -> int:
+        """The solver's estimate of the peak of its solution; the target where there is none."""
+        levels = self._levels(rung)
+        return self._target(rung) if levels is None else self.problem.program.peak_bytes(levels)
 
     def _levels(self, rung: int) -> tuple[int, ...] | None:
         if rung not in self._solved:
-            self._solved[rung] = choose(self.problem.items, self.problem.moments, self._target(rung))
+            self._solved[rung] = self.problem.program.levels_within(self._target(rung))
         return self._solved[rung]
 
     def _rung(self, rung: int) -> tuple[Actions, Peak]:
@@ -176,11 +211,14 @@ class Search:
     @cached_property
     def _ends(self) -> tuple[int, int]:
         """The solver's estimates of the tightest and of the untouched peak."""
-        levels = highest_levels(self.problem.items)
-        return (
-            max(moment.bytes_at(self.problem.items, levels) for moment in self.problem.moments),
-            max(moment.peak_bytes for moment in self.problem.moments),
-        )
+        program = self.problem.program
+        return program.peak_bytes(highest_levels(program.items)), program.peak_bytes([0] * len(program.items))
+
+    @cached_property
+    def _end_errors(self) -> Mapping[int, int]:
+        """How far below the simulated peaks these are, by rung."""
+        low, high = self._ends
+        return {0: self._bottom.tensor_bytes - low, self._rungs: self._untouched.tensor_bytes - high}
 
     @cached_property
     def _untouched(self) -> Peak:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint
@@ -55,42 +57,97 @@ class Moment:
         )
 
 
-def choose(items: Sequence[Item], moments: Sequence[Moment], budget_bytes: int) -> tuple[int, ...] | None:
-    """Levels of least total cost such that no moment is above the budget; None if there are none.
+@dataclass(frozen=True)
+class Program:
+    """A 0-1 program for HiGHS: variable (i, l) is 1 where item i is compressed at least to level l + 1."""
 
-    A 0-1 program for HiGHS: variable (i, l) is 1 where item i is compressed at least to level l + 1. Few of the moments
-    matter: the program has those at which its solutions before were above the budget. The least cost is met within
-    RELATIVE_GAP, the budget to the byte.
-    """
-    if any(moment.peak_bytes - _most_saved(items, moment) > budget_bytes for moment in moments):
-        return None
-    binding = [m for m in _undominated(items, moments) if m.peak_bytes + _most_added(items, m) > budget_bytes]
-    starts = np.cumsum([0, *(item.num_variables for item in items)])
-    rows = [_saving_row(items, moment, starts) for moment in binding]
-    constraints = _order_constraints(items, starts)
-    demanded: set[int] = set()
-    chosen = np.zeros(starts[-1], dtype=int)
-    deadline = time.monotonic() + MOST_SECONDS
-    for _ in range(MAX_SOLUTIONS + len(binding)):
-        levels = _levels(items, starts, chosen)
-        excess = [moment.bytes_at(items, levels) - budget_bytes for moment in binding]
-        over = {index for index, more in enumerate(excess) if more > 0}
-        if not over:
-            return _trimmed(items, binding, budget_bytes, levels)
-        missing = sorted(over - demanded, key=lambda index: -excess[index])[:MOMENTS_AT_ONCE]
-        constraints += [
-            _enough(rows[index], binding[index].peak_bytes - budget_bytes, len(chosen)) for index in missing
-        ]
-        # Those within the solver's tolerance, but not to the byte.
-        constraints += [_another(rows[index], chosen) for index in over & demanded]
-        demanded.update(missing)
-        solution = _solve(items, constraints, deadline - time.monotonic())
-        if solution is None:
-            break
-        chosen = _variables(items, _levels(items, starts, solution))
-    highest = highest_levels(items)
-    fits = all(moment.bytes_at(items, highest) <= budget_bytes for moment in binding)
-    return _trimmed(items, binding, budget_bytes, highest) if fits else None
+    items: Sequence[Item]
+    moments: Sequence[Moment]
+
+    def levels_within(self, budget_bytes: int) -> tuple[int, ...] | None:
+        """Levels of least total cost such that no moment is above the budget; None if there are none.
+
+        Few of the moments matter: the program has those at which its solutions before were above the budget. The least
+        cost is met within RELATIVE_GAP, the budget to the byte.
+        """
+        items = self.items
+        if self.least_bytes > budget_bytes:
+            return None
+        binding = [each for each in self._undominated if each.most_bytes > budget_bytes]
+        moments = [each.moment for each in binding]
+        constraints = list(self._order)
+        demanded: set[int] = set()
+        chosen = np.zeros(self._starts[-1], dtype=int)
+        deadline = time.monotonic() + MOST_SECONDS
+        for _ in range(MAX_SOLUTIONS + len(binding)):
+            levels = _levels(items, self._starts, chosen)
+            excess = [moment.bytes_at(items, levels) - budget_bytes for moment in moments]
+            over = {index for index, more in enumerate(excess) if more > 0}
+            if not over:
+                return _trimmed(items, moments, budget_bytes, levels)
+            missing = sorted(over - demanded, key=lambda index: -excess[index])[:MOMENTS_AT_ONCE]
+            constraints += [
+                _enough(binding[index].row, moments[index].peak_bytes - budget_bytes, len(chosen)) for index in missing
+            ]
+            # Those within the solver's tolerance, but not to the byte.
+            constraints += [_another(binding[index].row, chosen) for index in over & demanded]
+            demanded.update(missing)
+            solution = _solve(items, constraints, deadline - time.monotonic())
+            if solution is None:
+                break
+            chosen = _variables(items, _levels(items, self._starts, solution))
+        highest = highest_levels(items)
+        fits = all(moment.bytes_at(items, highest) <= budget_bytes for moment in moments)
+        return _trimmed(items, moments, budget_bytes, highest) if fits else None
+
+    def peak_bytes(self, levels: Sequence[int]) -> int:
+        """The bytes of the highest moment under the given levels."""
+        return max(each.moment.bytes_at(self.items, levels) for each in self._undominated)
+
+    def cost(self, levels: Sequence[int]) -> float:
+        """What the levels cost."""
+        chosen = zip(self.items, levels, strict=True)
+        return math.fsum(item.costs[level - 1] for item, level in chosen if level and item.costs)
+
+    @cached_property
+    def least_bytes(self) -> int:
+        """What no levels get the highest moment below, were everything that helps it done for it."""
+        return max(moment.peak_bytes - _most_saved(self.items, moment) for moment in self.moments)
+
+    @cached_property
+    def _undominated(self) -> list[_Row]:
+        """The moments that may be the highest."""
+        return [_Row(self.items, moment, self._starts) for moment in _undominated(self.items, self.moments)]
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        """The first variable of each item, and the number of all."""
+        return np.cumsum([0, *(item.num_variables for item in self.items)])
+
+    @cached_property
+    def _order(self) -> list[LinearConstraint]:
+        return _order_constraints(self.items, self._starts)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A moment as a row of the program."""
+
+    items: Sequence[Item]
+    moment: Moment
+    starts: np.ndarray
+
+    @cached_property
+    def most_bytes(self) -> int:
+        """The most that any levels make of it: some items take more than they free."""
+        return self.moment.peak_bytes - sum(
+            count * min(0, *self.items[index].savings) for index, count in self.moment.alive
+        )
+
+    @cached_property
+    def row(self) -> dict[int, int]:
+        """What each variable saves, by its column."""
+        return _saving_row(self.items, self.moment, self.starts)
 
 
 def _levels(items: Sequence[Item], starts: np.ndarray, chosen: np.ndarray) -> list[int]:
@@ -106,11 +163,6 @@ def _variables(items: Sequence[Item], levels: Sequence[int]) -> np.ndarray:
 
 def _most_saved(items: Sequence[Item], moment: Moment) -> int:
     return sum(count * max(0, *items[index].savings) for index, count in moment.alive)
-
-
-def _most_added(items: Sequence[Item], moment: Moment) -> int:
-    """What items that take more than they free can add to a moment."""
-    return -sum(count * min(0, *items[index].savings) for index, count in moment.alive)
 
 
 def _enough(row: Mapping[int, int], needed_bytes: int, width: int) -> LinearConstraint:
