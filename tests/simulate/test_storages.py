@@ -155,3 +155,14 @@ def test_the_workspace_of_a_long_lstm_is_told_from_a_short_one(steps):
         nn.LSTM(64, 96)(x)[0].sum().backward()
     for _, real, fake in both.differences:
         assert abs(fake - real) <= 2 * 4096  # whole pages, at the most
+
+
+@pytest.mark.parametrize(
+    ("layer", "channels"),
+    [(nn.Conv2d(3, 64, 8, 8), 3), (nn.Conv2d(16, 32, 3, padding=1), 16), (nn.Conv2d(64, 8, 1), 64)],
+)
+def test_with_channels_last_what_a_convolution_holds_besides_is_counted(layer, channels):
+    model = Of(lambda m, x: m.layer(x).square().mean(), layer=layer.to(memory_format=torch.channels_last))
+    batch = {"x": torch.randn(2, channels, 32, 32).to(memory_format=torch.channels_last)}
+    predicted, measured = predict(model, batch).untouched_bytes, measured_peak(model, batch)
+    assert abs(measured - predicted) <= 2 * 4096 + 0.001 * measured

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from velora_fx.capture import own_attributes
 from velora_fx.ops import compress_blocks
 from velora_fx.simulate.rebind import rebind_functions
-from velora_fx.simulate.storages import as_on_cpu
+from velora_fx.simulate.storages import as_on_cpu, take_copies
 
 Value = TypeVar("Value")
 Real = Literal["none", "integers", "all"]
@@ -129,10 +129,10 @@ class RealKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     `aten._grouped_mm` (mixtures of experts) takes all dtypes, `aten._ctc_loss` real lengths of texts; layer norms and
     their gradients are made from contiguous copies and are contiguous; real masks pick what they pick. On the CPU
-    `velora.compress` takes memory for
-    its products, arithmetic on two dtypes first casts an operand, the backward of attention copies a gradient that is
-    not laid out [batch, length, heads], and some storages are larger than their tensors. The backward of a view that
-    was written in place (a linear's output of three dimensions) copies the gradient.
+    `velora.compress` takes memory for its products, arithmetic on two dtypes first casts an operand, the backward of
+    attention copies a gradient that is not laid out [batch, length, heads], convolutions copy what is not laid out as
+    their weight, and some storages are larger than their tensors. The backward of a view that was written in place (a
+    linear's output of three dimensions) copies the gradient.
     """
 
     supports_higher_order_operators = True
@@ -180,7 +180,10 @@ class RealKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is aten.view.default and is_fake and _is_backward_of_written_view():
             is_made = self._padded is not None and self._padded() is args[0].untyped_storage()  # for a part of the view
             return result if is_made else result.new_empty(result.shape)
-        return as_on_cpu(func, args, result) if on_cpu and is_fake else result
+        if not on_cpu or not is_fake:
+            return result
+        take_copies(func, args, result)
+        return as_on_cpu(func, args, result)
 
 
 def _as_numbers(index: Any) -> tuple[Any, ...]:

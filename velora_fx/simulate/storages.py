@@ -1,4 +1,4 @@
-"""Storages that kernels of the CPU leave larger than the tensors in them, which shape functions do not tell."""
+"""What kernels of the CPU take meanwhile, and leave larger than the tensors in it: shape functions do not tell."""
 
 from __future__ import annotations
 
@@ -32,6 +32,35 @@ def as_on_cpu(func: Any, args: tuple[Any, ...], result: Any) -> Any:
     if func is aten.mkldnn_rnn_layer.default and torch.is_grad_enabled():
         return (*result[:3], result[3].new_empty(_workspace_size(args)))
     return result
+
+
+def take_copies(func: Any, args: tuple[Any, ...], result: Any) -> None:
+    """Takes and lets go of what the real operator of the CPU holds beside a fake one's result before it returns.
+
+    oneDNN's convolutions copy operands that are not laid out as they compute. With channels last, as compilers have it,
+    they hold the weight in blocks besides, and its gradient in blocks and as it is made before it is laid out so; else
+    what they hold is up to their sizes.
+    """
+    if func is aten.convolution.default:
+        x, weight = args[:2]
+        operands, held = [x], 1
+    elif func is aten.convolution_backward.default:
+        x, weight = args[1:3]
+        operands, held = list(args[:2]), 1 if result[1] is None else 2
+    else:
+        return
+    layouts = {_layout_of(x), _layout_of(weight)} - {torch.contiguous_format}
+    layout = layouts.pop() if layouts else torch.contiguous_format
+    taken = [t.new_empty(t.shape) for t in operands if not t.is_contiguous(memory_format=layout)]
+    if layout != torch.contiguous_format and weight[0, 0].numel() > 1:
+        taken += [weight.new_empty(weight.shape) for _ in range(held)]
+    del taken
+
+
+def _layout_of(tensor: torch.Tensor) -> torch.memory_format:
+    """Channels last where only that fits how the tensor is laid out."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim(), torch.contiguous_format)
+    return last if not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last) else torch.contiguous_format
 
 
 def _held(tensor: torch.Tensor, numel: int) -> torch.Tensor:
