@@ -69,12 +69,15 @@ class Planner:
     def _cheapest(self, searches: Sequence[Search], budget_bytes: int) -> tuple[Actions, Peak] | None:
         """The cheapest that the searches find within the budget, of which the first has all that is allowed.
 
-        Those that expect nothing or nothing better are left out.
+        Those that expect nothing or nothing better are left out; of an eager step the solver's estimates tell so, were
+        they as much too high as those of the first. Of a compiled one they tell too little.
         """
         best, least = None, math.inf
         expected = [(searches[0].expected(budget_bytes)[0], searches[0])]
         for search in searches[1:]:
-            if search.least_cost(budget_bytes, searches[0].most_too_high_bytes) < min(cost for cost, _ in expected):
+            doubt_bytes = searches[0].most_too_high_bytes
+            known = min(cost for cost, _ in expected)
+            if self.analysis.is_compiled or search.least_cost(budget_bytes, doubt_bytes) < known:
                 expected.append((search.expected(budget_bytes)[0], search))
         for cost, search in sorted(expected, key=lambda pair: pair[0]):
             if least <= cost:
