@@ -207,7 +207,7 @@ def test_few_blocks_tell_what_all_take(make: Callable[[], nn.Module], options: d
         assert_same(found, analysis.simulate.whole(actions))
 
 
-@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("joined", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("make", "options"),
     [

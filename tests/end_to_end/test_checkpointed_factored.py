@@ -135,7 +135,7 @@ def factored(
 @pytest.mark.parametrize(
     ("name", "is_before", "use_reentrant"),
     [
-        pytest.param(*case, marks=[pytest.mark.slow] * (case[0] == "hugging face" and case[2]))
+        pytest.param(*case, marks=[pytest.mark.slow] * (case[0] == "hugging face"))
         for case in (*product(MODELS, [True, False], [False, True]), *product(TAKEN_APART, [True], [False, True]))
     ],
 )
@@ -170,14 +170,8 @@ def test_a_block_that_comes_to_checkpoint_a_part_of_itself_is_refused_rather_tha
         model(**batch_of("partly"))
 
 
-@pytest.mark.parametrize(
-    ("name", "is_before"),
-    [
-        ("inside", False),
-        pytest.param("inside", True, marks=pytest.mark.slow),
-        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in product(("outside", "hugging face"), (True, False))),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "is_before"), product(("inside", "outside", "hugging face"), (True, False)))
 def test_compiled_as_a_whole_it_trains_as_eagerly(name: str, is_before: bool) -> None:
     torch._dynamo.reset()
     ours, _ = factored(name, False, is_before, target="inductor")

@@ -89,6 +89,7 @@ def test_the_compiled_forward_does_not_save_a_compressed_input() -> None:
     assert velora.count(projected) == 3
 
 
+@pytest.mark.slow
 def test_a_mask_that_only_a_compiler_makes_is_planned_for() -> None:
     case = next(case for case in ZOO if case.name == "llama")
     batch = case.batch(2, 16)

@@ -169,6 +169,7 @@ def fsdp2_factored(rank: int) -> None:
     assert_trained_like(model, reference, step)
 
 
+@pytest.mark.slow
 def test_ddp_reduces_factored_gradients_which_are_m_times_smaller() -> None:
     on_two_ranks(ddp_factored)
 

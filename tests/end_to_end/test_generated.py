@@ -26,7 +26,8 @@ def test_an_eager_step_has_the_predicted_peak_and_exact_numbers(seed: int) -> No
     assert_only_compressed_gradients_differ(predicted, model, batch(), "eager")
 
 
-@pytest.mark.parametrize("seed", [pytest.param(seed, marks=[] if seed == 0 else pytest.mark.slow) for seed in range(6)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
 def test_a_compiled_step_has_the_predicted_peak_and_exact_numbers(seed: int) -> None:
     model = generated(seed)
     predicted = assert_predicted(model, batch(), "inductor")

@@ -112,7 +112,8 @@ def test_parts_are_recomputed_as_blocks_are(kind: str) -> None:
     assert_same_gradients(model, reference)
 
 
-@pytest.mark.parametrize("kind", ["ModuleList", pytest.param("Never", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ModuleList", "Never"])
 def test_compiled_plans_compress_the_parts_too(kind: str) -> None:
     plan = tightest(Nested(kind), (X,), compiled=True)
     names = {name for decision in plan.compressed for name in decision.consumers}

@@ -38,9 +38,8 @@ def test_a_plan_made_under_autocast_is_refused_without_it_with_the_reason() -> N
     assert is_untouched(model)
 
 
-@pytest.mark.parametrize(
-    "lazy", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["at once", "at the first forward"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("lazy", [False, True], ids=["at once", "at the first forward"])
 def test_a_compiled_plan_is_applied_for_compiled_steps(lazy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         plan, model = tightest(stack(), (rows(),), compiled=True), stack()

@@ -95,7 +95,8 @@ def test_factored_gradients_train_as_dense_ones_of_the_same_projections(kind: st
     assert_same_weights(ours, dense, start)
 
 
-@pytest.mark.parametrize("kind", [KINDS[-1], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[:-1])])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_compiled_their_peak_is_predicted_too(kind: str) -> None:
     model = Sharing(kind).train()
     plan = tightest(model, {"x": X}, optimizer="sgd", compiled=True)

@@ -83,7 +83,8 @@ def test_a_model_is_planned_for_what_the_trainer_has_it_run(tmp_path: Path, orde
     assert len(compressed_weights(trained.model)) == 3 * len(LINEARS)
 
 
-@pytest.mark.parametrize("order", [pytest.param("before the trainer", marks=pytest.mark.slow), "after the trainer"])
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["before the trainer", "after the trainer"])
 def test_adapters_that_the_trainer_adds_are_planned_for(tmp_path: Path, order: str) -> None:
     adapters = LoraConfig(r=8, target_modules=LINEARS, task_type="CAUSAL_LM")
     plan, expected = tightest_of(order, tmp_path, adapters), losses(trainer(llama(), tmp_path, adapters))

@@ -24,7 +24,7 @@ TESTED = {
 }
 WITHOUT_PEAKS = ("huggingface_trainer.py", "fsdp2.py")  # a Trainer's step is its own; a plan is of the unsharded model
 
-LONG = ("compiled.py", "fsdp2.py")
+LONG = ("compiled.py", "factored.py", "fsdp2.py", "huggingface_trainer.py", "lora_peft.py")
 
 
 def printed_by(name: str) -> str:

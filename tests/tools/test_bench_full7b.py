@@ -176,6 +176,7 @@ def test_texts_are_tokens_of_python_within_the_vocabulary(installed: Path) -> No
     assert len({tuple(text.flatten().tolist()) for text in texts}) == 8
 
 
+@pytest.mark.slow
 def test_with_minutes_a_run_goes_on_where_the_last_one_stopped(
     installed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -35,6 +35,7 @@ def test_an_untouched_row_has_exact_gradients_and_the_predicted_peak() -> None:
     assert 0 < row.saved_bytes < row.peak_bytes
 
 
+@pytest.mark.slow
 def test_checkpointing_keeps_less_and_is_exact() -> None:
     eager = measure(train_row("eager", Way(is_planned=False)))
     row = measure(train_row("checkpointing", Way(checkpointed=True, is_planned=False)))
@@ -115,6 +116,7 @@ def test_speed_and_its_bound_are_told_as_ratios_to_the_compiled_row_of_the_same_
     assert dense[-1] == "0.5 (file) + 0.0 + 0.0"
 
 
+@pytest.mark.slow
 def test_a_plan_made_ahead_is_taken_by_both_of_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     velora, untouched = (
         train_row(name, Way(compresses=what), batch_size=4, length=64, sub_token_size=16)

@@ -26,6 +26,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedP
     return done, json.loads(file.read_text())
 
 
+@pytest.mark.slow
 def test_both_runs_learn_from_the_same_start(ran: tuple[Any, dict[str, Any]]) -> None:
     runs = ran[1]["dense"], ran[1]["velora"]
     assert runs[0]["losses"][0] == runs[1]["losses"][0]
@@ -39,6 +40,7 @@ def test_both_runs_learn_from_the_same_start(ran: tuple[Any, dict[str, Any]]) ->
         assert run["held_out"][1] < run["held_out"][0] - 0.5
 
 
+@pytest.mark.slow
 def test_memory_is_as_predicted_and_within_the_budget(ran: tuple[Any, dict[str, Any]]) -> None:
     plan = ran[1]["plan"]
     (dense,), (velora,) = ran[1]["dense"]["peaks"], ran[1]["velora"]["peaks"]
@@ -49,6 +51,7 @@ def test_memory_is_as_predicted_and_within_the_budget(ran: tuple[Any, dict[str, 
     assert {"compress", "keep"} == {decision["action"] for decision in plan["decisions"]}
 
 
+@pytest.mark.slow
 def test_output_is_the_plan_and_both_runs_side_by_side(ran: tuple[Any, dict[str, Any]]) -> None:
     done, found = ran
     assert done.stderr == ""

@@ -86,6 +86,7 @@ def test_bad_input_is_refused_with_code_2(arguments: str, complaint: str, capsys
     assert_refused(main, arguments.split(), capsys, complaint)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_where_it_was(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = arguments_for(texts, "dense,signs-8,mean-8-v+down", "--seeds", "2")
     assert main(arguments) == 0

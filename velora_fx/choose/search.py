@@ -133,15 +133,18 @@ class Search:
     def _expected_to_fit(self, rung: int, tensor_budget_bytes: int, errors: Mapping[int, int]) -> bool | None:
         """What needs no simulation, as `errors` tell how far off the solver's estimates are at other rungs.
 
-        Far from the budget a rung needs no solution either. The error of a solution is between those of its neighbours.
+        Far from the budget a rung needs no solution either. The error of a solution is between those of its neighbours,
+        but for compiled steps, whose code is another with each choice.
         """
         target_bytes, step_bytes = self._target(rung), self._target(1) - self._target(0)
         ends = self._end_errors.values()
         margin = (max(ends) - min(ends)) // 4 + step_bytes
         if target_bytes + max(ends) + margin <= tensor_budget_bytes:
             return True
-        if target_bytes + min(ends) - margin > tensor_budget_bytes or self._levels(rung) is None:
+        if target_bytes + min(ends) - margin > tensor_budget_bytes:
             return False
+        if self.analysis.is_compiled or self._levels(rung) is None:
+            return None
         estimate = self._estimate(rung)
         below, above = max(r for r in errors if r < rung), min(r for r in errors if r > rung)
         around = errors[below], errors[above]

@@ -136,6 +136,7 @@ def test_a_model_that_returns_something_unusual_is_refused_with_the_way_out() ->
         compiled(Unusual(2).train())
 
 
+@pytest.mark.slow
 def test_a_deep_models_peak_is_the_real_allocators() -> None:
     model = without_dropout(stack(num_blocks=7))
     batch = {"x": rows(16, 64)}
@@ -161,6 +162,7 @@ def test_a_mask_that_all_attentions_use_is_made_and_kept_once() -> None:
         assert masks == [8 * 256 * 256 * 4]
 
 
+@pytest.mark.slow
 def test_the_compilers_padding_of_products_hides_no_input() -> None:
     """As on a GPU, where widths and rows that are odd are padded."""
     model, batch = without_dropout(stack(num_blocks=2, width=33)), {"x": rows(63, 9, 33)}
