@@ -3,11 +3,11 @@
 from velora_fx.analyse.actions import Actions, Sizes
 from velora_fx.analyse.analyse import Analysis, analyse
 from velora_fx.analyse.candidates import Candidate, weight_names
+from velora_fx.analyse.distributed_models import check_unwrapped
 from velora_fx.analyse.plan_checks import autocast_in, check_plan_fits, differences_of
 from velora_fx.analyse.recomputable import Block
 from velora_fx.analyse.region_plans import region_plans
 from velora_fx.analyse.trial import Findings, captured
-from velora_fx.analyse.wrapped import check_unwrapped
 
 __all__ = [
     "Actions",

@@ -11,12 +11,12 @@ import torch
 
 from velora_fx.analyse.actions import Actions
 from velora_fx.analyse.candidates import Candidate, find_candidates
+from velora_fx.analyse.distributed_models import check_unwrapped
 from velora_fx.analyse.factorable import not_factorable
 from velora_fx.analyse.plan_checks import inputs_of
 from velora_fx.analyse.recomputable import Block, find_recomputable
 from velora_fx.analyse.simulator import Simulator
 from velora_fx.analyse.trial import Findings, KeptTensors, Rehearsal, Use, full_name, lengthen_findings, probe
-from velora_fx.analyse.wrapped import check_unwrapped
 from velora_fx.capture import (
     UnequalError,
     child_regions,

@@ -19,7 +19,7 @@ from velora_fx.capture.export import Captured, capture
 from velora_fx.capture.graph_pickle import graph_from_data, graph_to_data
 from velora_fx.capture.live_block import key_of_modules, key_of_state
 from velora_fx.passes import PREPARE, run
-from velora_fx.passes.for_eager import for_eager
+from velora_fx.passes.eager_functions import for_eager
 
 PRIMITIVES = (type(None), bool, int, float, str)
 

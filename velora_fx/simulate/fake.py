@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from velora_fx.capture import own_attributes
 from velora_fx.ops import compress_blocks
-from velora_fx.simulate.rebind import rebind_functions
-from velora_fx.simulate.storages import as_on_cpu, take_copies
+from velora_fx.simulate.cpu_kernels import as_on_cpu, take_copies
+from velora_fx.simulate.rebound_functions import rebind_functions
 
 Value = TypeVar("Value")
 Real = Literal["none", "integers", "all"]

@@ -18,9 +18,9 @@ from velora_fx.capture import attached_tensors, named_tensors, tensors_inside
 from velora_fx.devices import ALLOCATOR_BLOCK_BYTES
 from velora_fx.runtime import OptimizerFactory
 from velora_fx.simulate.fake import as_compiled, kernels_of
-from velora_fx.simulate.finite import FiniteValues, place_in
+from velora_fx.simulate.finite_values import FiniteValues, place_in
+from velora_fx.simulate.module_scopes import Scopes
 from velora_fx.simulate.roofline import StepTimer
-from velora_fx.simulate.scopes import Scopes
 from velora_fx.simulate.timeline import Returned, Timeline
 from velora_fx.simulate.tracker import Tracker
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from velora_fx.simulate.module_scopes import LOSS, Scope, Scopes
 from velora_fx.simulate.roofline import tensors_among
-from velora_fx.simulate.scopes import LOSS, Scope, Scopes
 from velora_fx.simulate.timeline import Label, Place, Timeline
 
 aten = torch.ops.aten

@@ -18,9 +18,9 @@ from velora_fx.passes.hoist_shared import Hoisted, hoist_shared
 from velora_fx.passes.join_graphs import Piece, join_graphs
 from velora_fx.runtime import StandIn
 from velora_fx.simulate import FiniteValues, kernels_of
+from velora_fx.simulate.compiled.autograd_node import OneGraph
 from velora_fx.simulate.compiled.block_calls import BlockCall, record
 from velora_fx.simulate.compiled.inductor import Inductor, Observe, describe, structure
-from velora_fx.simulate.compiled.one_node import OneGraph
 from velora_fx.simulate.compiled.trace import Trace, tensors_of, trace
 
 ObserverOf = Callable[[Mapping[int, str]], Observe]

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from velora_fx.devices import ALLOCATOR_BLOCK_BYTES, Device
+from velora_fx.simulate.module_scopes import Scopes
 from velora_fx.simulate.roofline import StepTimer, bytes_behind, tensors_among
-from velora_fx.simulate.scopes import Scopes
 from velora_fx.simulate.timeline import Timeline
 from velora_fx.simulate.tracker import Tracker
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from velora_fx.simulate import Tracker, fake_mode, fake_tensor
-from velora_fx.simulate.compiled.one_node import OneGraph
+from velora_fx.simulate.compiled.autograd_node import OneGraph
 
 
 def run(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -119,7 +119,7 @@ def test_a_branch_on_anything_else_is_refused_with_its_place():
             h = super().forward(x)
             return h.clamp(-1, 1) if h.abs().max() > 100 else h
 
-    with pytest.raises(ValueError, match=r"asks for some .*test_finite.py:\d+: .*h.abs\(\).max\(\) > 100"):
+    with pytest.raises(ValueError, match=r"asks for some .*test_finite_values.py:\d+: .*h.abs\(\).max\(\) > 100"):
         velora_fx.plan(Limited(8, 8), None, torch.randn(4, 8))
 
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.helpers.graph_text import golden, graph_text, prepared
 from velora_fx.ops import velora
 from velora_fx.passes import run
-from velora_fx.passes.for_eager import DIRECT, for_eager
+from velora_fx.passes.eager_functions import DIRECT, for_eager
 from velora_fx.passes.swap import Choice, swap
 
 aten = torch.ops.aten

@@ -16,7 +16,7 @@ from tests.helpers.toys import Of, rows, stack
 from velora_fx.devices import device_rates
 from velora_fx.runtime import optimizer_factory
 from velora_fx.simulate import StepTimer, Timeline, default_loss, fake_copy, fake_mode, make_tracker, simulate
-from velora_fx.simulate.scopes import Scopes
+from velora_fx.simulate.module_scopes import Scopes
 
 CPU = torch.device("cpu")
 
