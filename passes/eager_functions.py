@@ -13,11 +13,13 @@ from torch.nn import functional as F
 from velora_fx.ops import velora
 
 aten = torch.ops.aten
-# The same operators by functions with the same arguments, which parse these sooner. The first is a tensor.
+# The same operators by functions with the same arguments, which parse these sooner. The first is a tensor, or tensors.
 DIRECT: Mapping[Any, Callable[..., Any]] = {
     **velora.FUNCTIONS,
     aten.add.Tensor: torch.add,
+    aten.cat.default: torch.cat,
     aten.contiguous.default: Tensor.contiguous,
+    aten.div.Tensor: torch.div,
     aten.dropout.default: torch.dropout,
     aten.gelu.default: F.gelu,
     aten.layer_norm.default: torch.layer_norm,
@@ -25,6 +27,7 @@ DIRECT: Mapping[Any, Callable[..., Any]] = {
     aten.mean.dim: torch.mean,
     aten.mul.Tensor: torch.mul,
     aten.neg.default: torch.neg,
+    aten.permute.default: torch.permute,
     aten.pow.Tensor_Scalar: torch.pow,
     aten.relu.default: torch.relu,
     aten.reshape.default: torch.reshape,
@@ -32,7 +35,9 @@ DIRECT: Mapping[Any, Callable[..., Any]] = {
     aten.scaled_dot_product_attention.default: F.scaled_dot_product_attention,
     aten.silu.default: torch._C._nn.silu,
     aten.sym_size.int: Tensor.size,
+    aten.to.dtype: Tensor.to,
     aten.transpose.int: torch.transpose,
+    aten.type_as.default: Tensor.type_as,
     aten.unsqueeze.default: torch.unsqueeze,
     aten.view.default: Tensor.view,
 }
@@ -62,7 +67,7 @@ def for_eager(gm: GraphModule) -> GraphModule:
             next(iter(node.users)).update_arg(3, None)
             graph.erase_node(node)
     for node in graph.nodes:
-        if node.args and isinstance(node.args[0], Node):
+        if node.args and isinstance(node.args[0], (Node, list)):
             node.target = DIRECT.get(node.target, node.target)
     eager = GraphModule(gm, graph)
     eager.meta = dict(gm.meta)

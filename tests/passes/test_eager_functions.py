@@ -70,7 +70,9 @@ class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 X = torch.linspace(0.1, 2, 24).view(2, 3, 4)
 OPERANDS: dict[Any, tuple[tuple[Any, ...], dict[str, Any]]] = {
     aten.add.Tensor: ((X, 2.0), {"alpha": 3}),
+    aten.cat.default: (([X, X], 1), {}),
     aten.contiguous.default: ((X.transpose(0, 1),), {"memory_format": torch.contiguous_format}),
+    aten.div.Tensor: ((X, X + 1), {}),
     aten.dropout.default: ((X, 0.5, True), {}),
     aten.gelu.default: ((X,), {"approximate": "tanh"}),
     aten.layer_norm.default: ((X, [4], X[0, 0], None, 1e-3, False), {}),
@@ -78,6 +80,7 @@ OPERANDS: dict[Any, tuple[tuple[Any, ...], dict[str, Any]]] = {
     aten.mean.dim: ((X, [-1], True), {"dtype": torch.float64}),
     aten.mul.Tensor: ((X, X), {}),
     aten.neg.default: ((X,), {}),
+    aten.permute.default: ((X, [2, 0, 1]), {}),
     aten.pow.Tensor_Scalar: ((X, 3), {}),
     aten.relu.default: ((X,), {}),
     aten.reshape.default: ((X.transpose(0, 1), [2, -1]), {}),
@@ -85,7 +88,9 @@ OPERANDS: dict[Any, tuple[tuple[Any, ...], dict[str, Any]]] = {
     aten.scaled_dot_product_attention.default: ((X, X, X, None, 0.0, True), {"scale": 0.25}),
     aten.silu.default: ((X,), {}),
     aten.sym_size.int: ((X, 1), {}),
+    aten.to.dtype: ((X, torch.bfloat16), {}),
     aten.transpose.int: ((X, 1, 2), {}),
+    aten.type_as.default: ((X, X.double()), {}),
     aten.unsqueeze.default: ((X, 1), {}),
     aten.view.default: ((X, [6, -1]), {}),
 }
