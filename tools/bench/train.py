@@ -132,33 +132,52 @@ def _settings(settings: Mapping[str, Any] | None) -> contextlib.AbstractContextM
     return patched
 
 
+@dataclass(frozen=True)
+class Training:
+    """A model with its optimizer on one batch; `run` is the model as it is called, perhaps compiled."""
+
+    model: nn.Module
+    run: Any
+    optimizer: torch.optim.Optimizer
+    batch: dict[str, Tensor]
+
+    def forward(self) -> Tensor:
+        """The loss."""
+        loss: Tensor = self.run(**self.batch).loss
+        return loss
+
+    def update(self) -> None:
+        """One step of the optimizer, with clipped gradients, which are let go of."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        """A whole training step."""
+        self.forward().backward()  # type: ignore[no-untyped-call]
+        self.update()
+
+    def tensors(self) -> list[Tensor]:
+        """What is there between two steps."""
+        states = [
+            each for state in self.optimizer.state.values() for each in state.values() if isinstance(each, Tensor)
+        ]
+        return [*self.model.parameters(), *self.model.buffers(), *states, *self.batch.values()]
+
+
 def _measure(row: TrainRow, plan: velora_fx.Plan | None) -> TrainRow:
     has_plan_file = plan is not None
     reference = untouched_gradients(row)
     free(row.device)
     model = make_model(row.model, row.way.adapter, row.device, row.dtype, row.sub_token_size)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = optimizer_of(model, row)
-    batch = batch_of(model, row.batch_size, row.length)
+    optimizer, batch = optimizer_of(model, row), batch_of(model, row.batch_size, row.length)
     watch = Stopwatch()
     plan = prepare(model, optimizer, batch, row, plan)
     planning_seconds = watch.lap()
-    run: Any = torch.compile(model, fullgraph=True) if row.way.compiled else model
-
-    def forward() -> Tensor:
-        loss: Tensor = run(**batch).loss
-        return loss
-
-    def update() -> None:
-        torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    def step() -> None:
-        forward().backward()  # type: ignore[no-untyped-call]
-        update()
-
-    forward().backward()  # type: ignore[no-untyped-call]
+    run = torch.compile(model, fullgraph=True) if row.way.compiled else model
+    training = Training(model, run, optimizer, batch)
+    training.forward().backward()  # type: ignore[no-untyped-call]
     if row.device == "cuda":
         torch.cuda.synchronize()
     compiling_seconds = watch.lap()
@@ -168,33 +187,34 @@ def _measure(row: TrainRow, plan: velora_fx.Plan | None) -> TrainRow:
     errors = gradient_errors(model, reference, compressed)
     require_right(*errors, row.dtype)
     del reference
-    update()
-    for _ in range(WARM_UP_STEPS):
-        step()
-    saved_bytes = held_bytes(forward, row.device)
-    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    peak_bytes = peak_of(step, [*model.parameters(), *model.buffers(), *states, *batch.values()], row.device)
-    peak = None if plan is None else (plan.planned if row.way.compresses else plan.baseline)
-    step_timing = timed_steps(step, row.device, row.repeats)
+    training.update()
+    row = _with_steps(row, training)
     steps_seconds = watch.lap()
-    tokens = tokens_of(batch, model)
+    peak = None if plan is None else (plan.planned if row.way.compresses else plan.baseline)
     return replace(
         row,
-        tokens=tokens,
-        step=step_timing,
-        peak_bytes=peak_bytes,
         predicted_bytes=None if peak is None else peak.tensor_bytes + peak.overhead.get(WORKSPACES, 0),
-        saved_bytes=saved_bytes,
         num_compressed=len(compressed),
         num_linears=sum(isinstance(m, nn.Linear) and m.weight.requires_grad for m in model.modules()),
         compressed_error=errors[0],
         exact_error=errors[1],
-        products_seconds=products_seconds(model, compressed, tokens, row) if compressed else None,
+        products_seconds=products_seconds(model, compressed, row.tokens, row) if compressed else None,
         has_plan_file=has_plan_file,
         planning_seconds=planning_seconds,
         compiling_seconds=compiling_seconds,
         steps_seconds=steps_seconds,
     )
+
+
+def _with_steps(row: TrainRow, training: Training) -> TrainRow:
+    """The row with what steps keep, hold and take, once they are warm."""
+    for _ in range(WARM_UP_STEPS):
+        training.step()
+    saved_bytes = held_bytes(training.forward, row.device)
+    peak_bytes = peak_of(training.step, training.tensors(), row.device)
+    step_timing = timed_steps(training.step, row.device, row.repeats)
+    tokens = tokens_of(training.batch, training.model)
+    return replace(row, tokens=tokens, step=step_timing, peak_bytes=peak_bytes, saved_bytes=saved_bytes)
 
 
 def products_seconds(model: nn.Module, weights: set[str], tokens: int, row: TrainRow) -> float:
