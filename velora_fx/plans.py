@@ -11,6 +11,7 @@ from typing import Any, Literal
 from velora_fx.peaks import Curve, Group, Measured, Peak, compare_categories, compare_peaks
 
 SCHEMA = 6
+UNCOUNTED = "what kernels take while they run is not all counted"  # how a note of that begins
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,11 @@ class Plan:
     torch_version: str = ""
     measured: Measured | None = None
     in_effect: InEffect | None = field(default=None, compare=False)
+
+    @property
+    def has_uncounted(self) -> bool:
+        """True where a note says that kernels may take more than the plan says."""
+        return any(note.startswith(UNCOUNTED) for note in self.notes)
 
     @property
     def fits(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -140,3 +141,17 @@ def test_a_part_that_its_module_never_calls_is_listed() -> None:
     torch.manual_seed(0)
     plan = tightest(Rounding().train(), (torch.randn(8, 32, 64),))
     assert {"blocks.0.1.inner", "blocks.1.1.inner"} <= {item.module for item in plan.skipped}
+
+
+def test_what_a_model_raises_in_planning_is_raised_alone_without_a_log() -> None:
+    logged: list[str] = []
+    handler = logging.Handler(logging.DEBUG)
+    handler.emit = lambda record: logged.append(record.getMessage())
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger.addHandler(handler)
+    try:
+        with pytest.raises(RuntimeError, match="same reduction dim"):
+            velora_fx.plan(nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8)), 1, torch.randn(4, 32))
+    finally:
+        logger.removeHandler(handler)
+    assert logged == []

@@ -127,6 +127,18 @@ def test_the_smallest_peak_with_recompute_is_that_of_both_together() -> None:
         assert both < Search(analysis, *kinds).tightest[1].peak_bytes
 
 
+def test_what_frees_least_where_all_is_recomputed_is_left_as_it_is() -> None:
+    options = Options(optimizer="sgd", loss_fn=lambda output: output)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model, batch = without_dropout(stack(num_blocks=4)), {"x": rows(64, 64)}
+        analysis = analyse(model, (), batch, options, torch.device("cpu"), lambda step: None)
+        search = Search(analysis, compresses=True, recomputes=True)
+        actions, peak = search.tightest
+        others = [search.problem.all_at(-1), search.problem.all_recomputed()]
+        assert peak.tensor_bytes < 0.96 * min(analysis.peak(other).tensor_bytes for other in others)
+        assert len(actions.recomputed) < 4
+
+
 class Modulated(nn.Module):
     """A block like a diffusion transformer's: norms scaled and shifted by what a linear makes of a condition."""
 

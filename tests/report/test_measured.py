@@ -8,7 +8,7 @@ from expecttest import assert_expected_inline
 
 from tests.report.test_text import GIB, plan
 from velora_fx.peaks import Measured
-from velora_fx.plans import Input
+from velora_fx.plans import UNCOUNTED, Input
 from velora_fx.report.measured import mismatch_text
 
 
@@ -53,3 +53,8 @@ def test_a_real_step_that_is_far_off_is_told_with_the_category() -> None:
         "the plan is -55.56% off the peak of allocated memory (predicted 2.00 GiB, measured 4.50 GiB), most of it in "
         "optimizer (predicted 0 B, measured 2.00 GiB): plan with the batch, loss and optimizer of the real step"
     )
+
+
+def test_where_kernels_are_not_all_counted_a_plan_that_is_off_says_so() -> None:
+    found = plan(measured=real_step(optimizer=2 * GIB), notes=(f"{UNCOUNTED}: those of convolutions",))
+    assert (mismatch_text(found) or "").endswith(f"of the real step; {UNCOUNTED}")

@@ -143,9 +143,11 @@ def test_a_step_with_a_mean_loss_is_predicted_to_the_byte(loss):
 
 def test_the_report_says_that_what_an_lstm_takes_while_it_runs_is_not_counted():
     recurrent = Of(lambda m, x: F.mse_loss(m.head(m.rnn(x)[0]), x), rnn=nn.LSTM(16, 24), head=nn.Linear(24, 16))
-    assert any("LSTM" in note for note in velora_fx.plan(recurrent, None, SEQUENCE).notes)
-    without = velora_fx.plan(regression(F.mse_loss), None, torch.randn(8, 64))
-    assert not any("LSTM" in note for note in without.notes)
+    plan = velora_fx.plan(recurrent, 1, SEQUENCE)
+    assert plan.has_uncounted and any("LSTM" in note for note in plan.notes)
+    assert "to spare, but for kernels (see the note)" in str(plan)
+    without = velora_fx.plan(regression(F.mse_loss), 1, torch.randn(8, 64))
+    assert not without.has_uncounted and "but for kernels" not in str(without)
 
 
 @pytest.mark.parametrize("steps", [40, 90, 200])

@@ -23,11 +23,12 @@ from velora_fx.capture import (
     find_blocks,
     find_regions,
     has_trainable_matrix,
+    without_torch_logs,
 )
 from velora_fx.devices import with_overhead
 from velora_fx.options import Options
 from velora_fx.peaks import Peak
-from velora_fx.plans import Input, Skipped
+from velora_fx.plans import UNCOUNTED, Input, Skipped
 from velora_fx.runtime import (
     CHECKPOINTED,
     optimizer_factory,
@@ -78,6 +79,7 @@ class Analysis:
         return with_overhead(self.simulate(actions).peak, self.device)
 
 
+@without_torch_logs()
 def analyse(
     model: torch.nn.Module,
     args: tuple[Any, ...],
@@ -216,9 +218,7 @@ def _notes(rehearsal: Rehearsal, findings: Findings) -> tuple[str, ...]:
         notes.append(f"where the model asks whether values are finite, they are taken to be{broken}: {places}")
     kinds = {name for m in rehearsal.model.modules() for kind, name in KERNELS.items() if isinstance(m, kind)}
     if kinds:
-        notes.append(
-            f"what the kernels of {' and '.join(sorted(kinds))} take while they run is not known, and not counted"
-        )
+        notes.append(f"{UNCOUNTED}: those of {' and '.join(sorted(kinds))} may take more than the plan says")
     return tuple(notes)
 
 

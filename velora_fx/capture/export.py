@@ -193,13 +193,25 @@ def _fakes_of(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 @contextlib.contextmanager
 def isolated() -> Iterator[None]:
     """Keeps the tracing out of the sight of dispatch modes and saved-tensor hooks (checkpointing) of the caller."""
+    identity = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    with (
+        without_torch_logs(),
+        _disable_current_modes(),
+        identity,
+        torch.enable_grad(),
+        torch.random.fork_rng(devices=[]),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def without_torch_logs() -> Iterator[None]:
+    """Has PyTorch log nothing meanwhile: what fails raises too, and is told of once."""
     logger = logging.getLogger("torch")
     level = logger.level
-    identity = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
-        with _disable_current_modes(), identity, torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            yield
+        yield
     finally:
         logger.setLevel(level)
 

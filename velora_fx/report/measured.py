@@ -8,7 +8,7 @@ from tabulate import tabulate
 
 from velora_fx.names import in_units
 from velora_fx.peaks import Pair, compare_categories, compare_peaks, mismatch
-from velora_fx.plans import Plan
+from velora_fx.plans import UNCOUNTED, Plan
 
 
 def render_measured(plan: Plan) -> str:
@@ -45,6 +45,8 @@ def mismatch_text(plan: Plan) -> str | None:
     return (
         f"the plan is {_percent(off)} off the peak of {off.name} memory ({numbers}), most of it in {most.name} "
         f"({most_numbers}): plan with the batch, loss and optimizer of the real step"
+        + f"; {UNCOUNTED}"
+        * plan.has_uncounted
     )
 
 

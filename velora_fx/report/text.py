@@ -71,7 +71,7 @@ def _verdict(plan: Plan) -> str:
         return ""
     margin = in_units(abs(plan.budget_bytes - plan.planned.peak_bytes))
     if plan.fits:
-        return f"fits, {margin} to spare"
+        return f"fits, {margin} to spare{', but for kernels (see the note)' * plan.has_uncounted}"
     smallest = in_units(plan.planned.peak_bytes)
     return f"DOES NOT FIT: the smallest reachable peak is {smallest}, {margin} over the budget"
 
