@@ -236,7 +236,7 @@ class Search:
     @cached_property
     def tightest(self) -> tuple[Actions, Peak]:
         """The actions of the smallest peak among: nothing, everything compressed, everything recomputed, both, and as
-        little of it as the solver takes to be as good."""
+        little of both as the solver takes to be as good."""
         actions, _ = self._tightest
         return actions, self.analysis.peak(actions)
 
@@ -254,8 +254,8 @@ class Search:
             mixed = Actions({c.key: c.sizes[-1] for c in besides}, alone.recomputed)
             for actions in (alone, mixed) if besides else (alone,):
                 found.append((actions, self.analysis.estimate(actions)))
-        levels = self._levels(0)
-        if levels is not None:
-            actions = self.problem.actions(levels)
-            found.append((actions, self.analysis.estimate(actions)))
+            levels = self._levels(0)
+            if levels is not None:
+                actions = self.problem.actions(levels)
+                found.append((actions, self.analysis.estimate(actions)))
         return min([*found, (Actions(), self._untouched)], key=lambda pair: pair[1].peak_bytes)
