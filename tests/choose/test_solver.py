@@ -13,7 +13,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from velora_fx.choose.solver import Item, Moment, Program, _trimmed, highest_levels
+from velora_fx.choose.items import Item, Moment, highest_levels, trimmed
+from velora_fx.choose.solver import Program
 
 GAP = 1e-4  # of the optimal cost, as the solver promises; the trim afterwards only lowers it
 few = settings(max_examples=150, deadline=None, derandomize=True)
@@ -374,7 +375,7 @@ def test_a_later_item_may_be_compressed_where_an_earlier_one_of_its_group_is_cov
 @few
 @given(instances())
 def test_from_everything_compressed_levels_are_lowered_until_none_can_be(instance):
-    levels = _trimmed(instance.items, instance.moments, instance.budget, highest_levels(instance.items))
+    levels = trimmed(instance.items, instance.moments, instance.budget, highest_levels(instance.items))
     assume(instance.peak(tuple(highest_levels(instance.items))) <= instance.budget)
     assert instance.allowed(levels)
     for index, level in enumerate(levels):

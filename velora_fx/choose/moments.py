@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from velora_fx.choose.solver import Moment
+from velora_fx.choose.items import Moment
 from velora_fx.simulate import Timeline
 
 Span = tuple[int, int, int]  # first event, event after the last, index of an item

@@ -75,9 +75,10 @@ class Planner:
         best, least = None, math.inf
         expected = [(searches[0].expected(budget_bytes)[0], searches[0])]
         for search in searches[1:]:
-            doubt_bytes = searches[0].most_too_high_bytes
             known = min(cost for cost, _ in expected)
-            if self.analysis.is_compiled or search.least_cost(budget_bytes, doubt_bytes) < known:
+            if known == 0:
+                break
+            if self.analysis.is_compiled or search.least_cost(budget_bytes, searches[0].most_too_high_bytes) < known:
                 expected.append((search.expected(budget_bytes)[0], search))
         for cost, search in sorted(expected, key=lambda pair: pair[0]):
             if least <= cost:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from velora_fx.analyse import Actions, Analysis, Block, Candidate
+from velora_fx.choose.items import Item
 from velora_fx.choose.moments import find_moments
 from velora_fx.choose.price import share_of
-from velora_fx.choose.solver import Item, Program
+from velora_fx.choose.solver import Program
 from velora_fx.choose.updates import Freed, find_freed
 from velora_fx.runtime import Recompute
 from velora_fx.simulate import Timeline

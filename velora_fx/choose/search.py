@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from velora_fx.analyse import Actions, Analysis
+from velora_fx.choose.items import highest_levels
 from velora_fx.choose.problem import Problem
-from velora_fx.choose.solver import RELATIVE_GAP, highest_levels
+from velora_fx.choose.solver import RELATIVE_GAP
 from velora_fx.devices import tensors_within, with_overhead
 from velora_fx.peaks import Peak
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from velora_fx.analyse import Candidate, Findings, weight_names
-from velora_fx.choose.solver import Item
+from velora_fx.choose.items import Item
 from velora_fx.simulate import Timeline
 
 

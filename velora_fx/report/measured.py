@@ -42,11 +42,10 @@ def mismatch_text(plan: Plan) -> str | None:
     if found is None or (_smaller_inputs(plan) and found[0].predicted_bytes > found[0].measured_bytes):
         return None
     (off, numbers), (most, most_numbers) = ((pair, _numbers(pair)) for pair in found)
+    kernels = f"; {UNCOUNTED}" if plan.has_uncounted else ""
     return (
         f"the plan is {_percent(off)} off the peak of {off.name} memory ({numbers}), most of it in {most.name} "
-        f"({most_numbers}): plan with the batch, loss and optimizer of the real step"
-        + f"; {UNCOUNTED}"
-        * plan.has_uncounted
+        f"({most_numbers}): plan with the batch, loss and optimizer of the real step{kernels}"
     )
 
 
