@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from velora_fx.analyse import analyse, captured, check_plan_fits, region_plans
+from velora_fx.analyse import analyse, captured, check_plan_fits, region_plans, with_traced_graphs
 from velora_fx.capture import find_blocks
 from velora_fx.capture_ahead import CaptureAhead
 from velora_fx.choose import Planner
@@ -93,6 +93,8 @@ def apply_request(model: torch.nn.Module, request: Request, args: tuple[Any, ...
             analysis = analyse(model, args, kwargs, options, request.device, progress)
             findings = analysis.findings
             plan = Planner(analysis, type(model).__name__, options).plan(request.budget_bytes)
+            if not options.compiled:  # not yet
+                findings = with_traced_graphs(findings, model, args, kwargs, options, request.device, progress)
         else:
             findings = captured(model, args, kwargs, options, request.device, progress)
             plan = request.plan

@@ -7,7 +7,7 @@ from velora_fx.analyse.distributed_models import check_unwrapped
 from velora_fx.analyse.plan_checks import autocast_in, check_plan_fits, differences_of
 from velora_fx.analyse.recomputable import Block
 from velora_fx.analyse.region_plans import region_plans
-from velora_fx.analyse.trial import Findings, captured
+from velora_fx.analyse.trial import Findings, captured, with_traced_graphs
 
 __all__ = [
     "Actions",
@@ -24,4 +24,5 @@ __all__ = [
     "differences_of",
     "region_plans",
     "weight_names",
+    "with_traced_graphs",
 ]

@@ -170,8 +170,11 @@ def _trial(rehearsal: Rehearsal, shortened: Shortened, progress: Callable[[str],
         steps.append(rehearsal.shown_step(fake, shortened, tracker))
         return steps[0].timeline
 
-    eager = None if rehearsal.is_compiled else run_step
-    findings = probe(fake, eager, rehearsal.traced_forward, tracker, progress, rehearsal.passed_by)
+    def run_traced(fake: torch.nn.Module, _: BlockTracker) -> None:
+        rehearsal.traced_forward(fake)
+
+    run = run_traced if rehearsal.is_compiled else run_step
+    findings = probe(fake, run, tracker, progress, rehearsal.passed_by)
     findings = _called(rehearsal, findings)
     if not rehearsal.is_compiled:
         return findings, steps[0]

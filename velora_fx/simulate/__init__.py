@@ -1,7 +1,8 @@
 """One training step without memory: a timeline of every storage."""
 
-from velora_fx.simulate.fake import as_compiled, fake_copy, fake_mode, fake_tensor, kernels_of
+from velora_fx.simulate.fake import as_compiled, fake_copy, fake_mode, fake_tensor
 from velora_fx.simulate.finite_values import FiniteValues
+from velora_fx.simulate.kernels import kernels_of
 from velora_fx.simulate.roofline import StepTimer
 from velora_fx.simulate.saved_tensors import SavedTensors, Saving
 from velora_fx.simulate.step import default_loss, make_tracker, simulate, simulate_forward

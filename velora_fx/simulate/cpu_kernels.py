@@ -14,6 +14,8 @@ LOSSES = (
     aten.binary_cross_entropy.default,
     aten.soft_margin_loss.default,
 )
+LARGER = (*LOSSES, aten.col2im.default, aten._embedding_bag.default, aten.mkldnn_rnn_layer.default)  # `as_on_cpu`
+CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)  # `take_copies`
 
 
 def as_on_cpu(func: Any, args: tuple[Any, ...], result: Any) -> Any:

@@ -4,31 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import weakref
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from velora_fx.capture import own_attributes
-from velora_fx.ops import compress_blocks
-from velora_fx.simulate.cpu_kernels import as_on_cpu, take_copies
 from velora_fx.simulate.rebound_functions import rebind_functions
 
 Value = TypeVar("Value")
 Real = Literal["none", "integers", "all"]
-aten = torch.ops.aten
-ARITHMETIC = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
-FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-INDEXING = (
-    aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default,
-    aten._unsafe_index.Tensor, aten._unsafe_index_put.default,
-)  # fmt: skip
-PADS = (aten.slice_backward.default, aten.select_backward.default)
-LAYER_NORMS = (torch.ops.aten.native_layer_norm.default, torch.ops.aten.native_layer_norm_backward.default)
 
 
 def fake_mode() -> FakeTensorMode:
@@ -122,131 +108,6 @@ def _tensors_inside(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (tuple, list, set, Mapping)):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors_inside(item)
-
-
-class RealKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Lets fake operators do what the real kernels of a device do and their shape functions do not.
-
-    `aten._grouped_mm` (mixtures of experts) takes all dtypes, `aten._ctc_loss` real lengths of texts; layer norms and
-    their gradients are made from contiguous copies and are contiguous; real masks pick what they pick. On the CPU
-    `velora.compress` takes memory for its products, arithmetic on two dtypes first casts an operand, the backward of
-    attention copies a gradient that is not laid out [batch, length, heads], convolutions copy what is not laid out as
-    their weight, and some storages are larger than their tensors. The backward of a view that was written in place (a
-    linear's output of three dimensions) copies the gradient.
-    """
-
-    supports_higher_order_operators = True
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.device = device
-        self.casts = ARITHMETIC if device.type == "cpu" else ()
-        self._padded: weakref.ref[torch.UntypedStorage] | None = None
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch.ops.aten._grouped_mm.default and isinstance(args[0], FakeTensor):
-            a, b = args[:2]
-            shape = [a.shape[-2], b.shape[-1]]
-            if a.dim() == b.dim():  # a product for each group
-                groups = a if a.dim() == 3 else args[2] if len(args) > 2 else (kwargs or {})["offs"]
-                shape.insert(0, groups.shape[0])
-            return a.new_empty(shape)
-        if func is aten._ctc_loss.Tensor and not any(isinstance(a, FakeTensor) for a in args[1:4]):
-            steps, batch = args[0].shape[0], args[3].numel()
-            states = 2 * int(args[3].max()) + 1  # of the longest text, whose length is real
-            return args[0].new_empty(batch), args[0].new_empty(batch, steps, states)
-        if func in INDEXING and isinstance(args[0], FakeTensor):
-            args = (args[0], [part for index in args[1] for part in _as_numbers(index)], *args[2:])
-        on_cpu = self.device.type == "cpu"
-        if on_cpu and func is torch.ops.velora.compress.default and isinstance(args[0], FakeTensor):
-            compress_blocks(args[0], args[1], 1)
-        copied = None
-        if func is torch.ops.velora.linear.default and isinstance(args[0], FakeTensor):
-            copied = args[0].reshape(-1, args[0].shape[-1])  # as a linear copies rows that are not one after the other
-        if func is FLASH_BACKWARD and isinstance(args[0], FakeTensor):
-            args = (args[0].transpose(1, 2).contiguous().transpose(1, 2), *args[1:])
-        if func in LAYER_NORMS:
-            args = tuple(a.contiguous() if isinstance(a, FakeTensor) and a.dim() else a for a in args)
-        if func in self.casts and all(isinstance(a, FakeTensor) and a.dim() for a in args):
-            dtype = torch.promote_types(args[0].dtype, args[1].dtype)
-            args = tuple(a if a.dtype == dtype else a.to(dtype) for a in args)
-        result = func(*args, **(kwargs or {}))
-        del copied
-        is_fake = bool(args) and isinstance(args[0], FakeTensor)
-        if func in PADS and is_fake:
-            self._padded = weakref.ref(result.untyped_storage())
-        if func is aten.view.default and is_fake and _is_backward_of_written_view():
-            is_made = self._padded is not None and self._padded() is args[0].untyped_storage()  # for a part of the view
-            return result if is_made else result.new_empty(result.shape)
-        if not on_cpu or not is_fake:
-            return result
-        take_copies(func, args, result)
-        return as_on_cpu(func, args, result)
-
-
-def _as_numbers(index: Any) -> tuple[Any, ...]:
-    """A real mask among the indices as the numbers of what it picks: how many these are its shape does not tell."""
-    is_mask = isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
-    return index.nonzero().unbind(1) if is_mask and not isinstance(index, FakeTensor) else (index,)
-
-
-def _is_backward_of_written_view() -> bool:
-    """True in the node that a view got when it was written in place.
-
-    That of a real tensor is `AsStridedBackward0`, which makes a new gradient; fake ones, of a subclass, repeat views.
-    """
-    node = torch._C._current_autograd_node()
-    if node is None or node.name() != "ViewBackward0":
-        return False
-    return any(after is not None and after.name() == "torch::autograd::CopySlices" for after, _ in node.next_functions)
-
-
-class FusedAttention(TorchFunctionMode):
-    """Attention as the one fused operator of a GPU, for planning without one: it saves q, k, v, out and logsumexp."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = getattr(func, "__name__", "")
-        if name.split(".")[0] == "scaled_dot_product_attention":
-            return _fused_attention(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _fused_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> torch.Tensor:
-    if attn_mask is None and query.dtype in (torch.float16, torch.bfloat16):
-        flash: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention(
-            query, key, value, dropout_p, is_causal, False, scale=scale
-        )[0]
-        return flash
-    if key.shape[1] != query.shape[1]:
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-        value = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, float("-inf"))
-    out: torch.Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(
-        query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
-    )[0]
-    return out
-
-
-@contextlib.contextmanager
-def kernels_of(device: torch.device) -> Iterator[None]:
-    """The context in which fake operators behave as the kernels of `device` do."""
-    fused = device.type == "cuda" and not torch.cuda.is_available()
-    with RealKernels(device), FusedAttention() if fused else contextlib.nullcontext():
-        yield
 
 
 @contextlib.contextmanager

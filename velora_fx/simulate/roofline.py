@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from velora_fx.devices import Device
+from velora_fx.simulate.observer import Observer, bytes_behind, tensors_among
 
 aten = torch.ops.aten
 FREE = (
@@ -18,14 +17,12 @@ FREE = (
 )  # fmt: skip
 
 
-class StepTimer(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While on, adds up in `seconds` what each operator would take on the device: the roofline model.
+class StepTimer(Observer):  # type: ignore[no-untyped-call]
+    """Adds up in `seconds` what each operator would take on the device: the roofline model.
 
     An operator takes as long as its arithmetic (of matrix products and attention) or the reading and writing of its
     tensors, whichever is longer, and never less than a launch. Views are free, and so are questions (`tensor.device`).
     """
-
-    supports_higher_order_operators = True
 
     def __init__(self, device: Device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -36,36 +33,16 @@ class StepTimer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Adds a fused kernel that reads and writes so many bytes."""
         self.seconds += max(num_bytes / self.device.bytes_per_second, self.device.launch_seconds)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Adds the operator's time."""
         packet = getattr(func, "overloadpacket", None)
         if packet is None or packet in FREE or func.is_view or func.namespace == "prim":
-            return result
+            return
         tensors = [*tensors_among(args), *tensors_among(kwargs), *tensors_among(result)]
         if not tensors:
-            return result
+            return
         moved = sum(bytes_behind(tensor) for tensor in tensors) / self.device.bytes_per_second
         formula = flop_registry.get(packet)
-        flops = formula(*args, **(kwargs or {}), out_val=result) if formula else 0
+        flops = formula(*args, **kwargs, out_val=result) if formula else 0
         computed = self.device.matmul_seconds(flops, tensors[0].dtype)
         self.seconds += max(moved, computed, self.device.launch_seconds)
-        return result
-
-
-def tensors_among(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors that an operator is given or returns: alone, in lists and tuples, or by name."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_among(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_among(item)
-
-
-def bytes_behind(tensor: torch.Tensor) -> int:
-    """The bytes behind a tensor: an expanded one is no larger than its storage."""
-    return min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes())

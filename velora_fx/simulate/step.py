@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from velora_fx.capture import attached_tensors, named_tensors, tensors_inside
 from velora_fx.devices import ALLOCATOR_BLOCK_BYTES
 from velora_fx.runtime import OptimizerFactory
-from velora_fx.simulate.fake import as_compiled, kernels_of
+from velora_fx.simulate.fake import as_compiled
 from velora_fx.simulate.finite_values import FiniteValues, place_in
+from velora_fx.simulate.kernels import RealKernels, kernels_of
 from velora_fx.simulate.module_scopes import Scopes
 from velora_fx.simulate.roofline import StepTimer
 from velora_fx.simulate.timeline import Returned, Timeline
@@ -59,16 +60,13 @@ def simulate(
     before = set(tracker.live())
     timer.seconds = 0.0
     scopes = tracker.scopes.on() if tracker.scopes else contextlib.nullcontext()
-    states = _generator_states(tracker) if device.type == "cpu" else contextlib.nullcontext()
     with (
         torch.random.fork_rng(devices=[]),
         torch.enable_grad(),
         scopes,
-        timer,
-        tracker,
-        kernels_of(device),
+        kernels_of(device, timer, tracker) as kernels,
         FiniteValues(checks),
-        states,
+        _generator_states(kernels, tracker) if device.type == "cpu" else contextlib.nullcontext(),
     ):
         tracker.mark("forward")
         loss, returned = _loss(lambda: model(*args, **kwargs), loss_fn, tracker)
@@ -109,17 +107,17 @@ def _discount_unused_state(optimizer: torch.optim.Optimizer | None, tracker: Tra
 
 
 @contextlib.contextmanager
-def _generator_states(tracker: Tracker) -> Iterator[None]:
+def _generator_states(kernels: RealKernels, tracker: Tracker) -> Iterator[None]:
     """Counts the states of the CPU's generator that checkpoints keep: they are real, and no operator makes them.
 
-    Where the tracker is off, code is compiled, which has such states of its own; where nothing runs in a checkpoint,
+    Where the kernels are off, code is compiled, which has such states of its own; where nothing runs in a checkpoint,
     none is kept.
     """
     original = torch.get_rng_state
 
     def watched() -> torch.Tensor:
         state = original()
-        if tracker in _get_current_dispatch_mode_stack():
+        if kernels in _get_current_dispatch_mode_stack():
             tracker.watch_if_kept(state)
         return state
 

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from velora_fx.simulate.module_scopes import LOSS, Scope, Scopes
-from velora_fx.simulate.roofline import tensors_among
+from velora_fx.simulate.observer import Observer, tensors_among
 from velora_fx.simulate.timeline import Label, Place, Timeline
 
 aten = torch.ops.aten
@@ -42,14 +41,12 @@ class Birth:
         return Label(sys.intern(" of ".join(parts)), sys.intern(self.operator), sys.intern(tensor))
 
 
-class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While on, sees each new storage among the results of the operators, and its end through a weak reference.
+class Tracker(Observer):  # type: ignore[no-untyped-call]
+    """Sees each new storage among the results of the operators, and its end through a weak reference.
 
     Storages are counted once however many tensors view them. `rounding_bytes` is the allocator's block size, `scopes`
     tells which module runs. `sources` maps a storage that is a copy or a cast of another to that one.
     """
-
-    supports_higher_order_operators = True
 
     def __init__(self, rounding_bytes: int = 1, scopes: Scopes | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -169,21 +166,18 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             _named(self.places),
         )
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Counts the storages of what an operator returned."""
         while self._kept:
             kept = self._kept.pop()()
             if kept is not None:
                 self.watch(kept)
-        result = func(*args, **(kwargs or {}))
         if func in COPIES:
             self.sources[self._count(result, func, args)] = self.watch(args[0])
         for tensor in tensors_among(result):
             number = self._count(tensor, func, args)
             if func in VIEWS:
                 self._reshape(number, tuple(tensor.shape))
-        return result
 
 
 def _operator(func: Any) -> str:

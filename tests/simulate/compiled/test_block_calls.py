@@ -43,10 +43,10 @@ def faked(model: nn.Module) -> tuple[nn.Module, Tensor, dict[str, Any]]:
     """A fake copy, a fake input, and the graphs of its blocks."""
     mode, device = fake_mode(), torch.device("cpu")
 
-    def traced(fake: nn.Module) -> None:
+    def traced(fake: nn.Module, _: Tracker) -> None:
         simulate_forward(fake, *fake_copy(((rows(),), {}), mode, device, real="none"), device)
 
-    findings = probe(fake_copy(model, mode, device, "none"), None, traced, Tracker(), lambda text: None)
+    findings = probe(fake_copy(model, mode, device, "none"), traced, Tracker(), lambda text: None)
     return fake_copy(model, mode, device, "none"), fake_copy(rows(), mode, device, "none"), dict(findings.graphs)
 
 

@@ -29,10 +29,10 @@ def compiled(model: nn.Module, apart: Apart = inner_calls) -> tuple[CompiledForw
     """The compiled forward of a fake copy, and a fake input for it."""
     mode = fake_mode()
 
-    def traced(fake: nn.Module) -> None:
+    def traced(fake: nn.Module, _: Tracker) -> None:
         simulate_forward(fake, *fake_copy(((rows(),), {}), mode, CPU, real="none"), CPU)
 
-    findings = probe(fake_copy(model, mode, CPU, "none"), None, traced, Tracker(), lambda text: None)
+    findings = probe(fake_copy(model, mode, CPU, "none"), traced, Tracker(), lambda text: None)
     fake, x = fake_copy(model, mode, CPU, "none"), fake_copy(rows(), mode, CPU, "none")
     inductor = Inductor(CPU, StepTimer(device_rates(CPU)))
     made = compiled_forward(

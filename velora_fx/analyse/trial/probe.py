@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -76,18 +75,13 @@ class Findings:
 
 def probe(
     model: torch.nn.Module,
-    run_step: Callable[[torch.nn.Module, AnyTracker], Timeline] | None,
-    run_traced: Callable[[torch.nn.Module], None],
+    run: Callable[[torch.nn.Module, AnyTracker], Timeline | None],
     tracker: AnyTracker,
     progress: Callable[[str], None],
     passed_by: Collection[str] = (),
 ) -> Findings:
-    """Runs `run_step(model, tracker)` with every region captured; a region that fails is tried again by its parts.
-
-    `run_traced(model)` runs the forward once more as a compiler traces it, without values: it makes masks that a step
-    leaves out, and the graphs of such calls are added. Without `run_step` it is all that is run. `passed_by` is as
-    in `find_regions`.
-    """
+    """Runs `run(model, tracker)`, a step or the forward alone, with every region captured; a region that fails is tried
+    again by its parts. `passed_by` is as in `find_regions`."""
     findings = Findings(overwrites=Overwrites(model.parameters()))
     saved = SavedTensors(tracker)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -103,19 +97,11 @@ def probe(
     for name, block in find_regions(model, passed_by).items():
         findings.calls[name] = 0
         observe(name, block)
-    if run_step is None:
-        with noted_checkpoints(opened), findings.overwrites:
-            run_traced(model)
-        return findings
     with saved.on(), noted_checkpoints(opened), findings.overwrites:
-        findings.timeline = run_step(model, tracker)
+        findings.timeline = run(model, tracker)
     findings.savings = tuple(saved.savings)
     findings.last_uses = dict(saved.last_uses)
-    uses, failures, calls = dict(findings.uses), dict(findings.failures), dict(findings.calls)
-    # A forward that cannot run without values cannot be compiled in one piece either.
-    with contextlib.suppress(Exception), findings.overwrites:
-        run_traced(model)
-    return replace(findings, uses=uses, failures=failures, calls=calls)
+    return findings
 
 
 @dataclass

@@ -172,8 +172,7 @@ class Rehearsal:
 
     def traced_forward(self, fake: torch.nn.Module) -> None:
         """The forward alone, as a compiler traces it."""
-        checks = self.checks if self.is_compiled else set()  # an eager step makes its own
-        simulate_forward(fake, *self._inputs("none"), self.device, True, checks)
+        simulate_forward(fake, *self._inputs("none"), self.device, True, self.checks)
 
     def _compiled_step(
         self, fake: torch.nn.Module, graphs: Graphs, tracker: Tracker, observer_of: ObserverOf, apart: Apart

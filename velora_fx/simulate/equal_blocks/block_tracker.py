@@ -11,7 +11,8 @@ import torch
 
 from velora_fx.devices import ALLOCATOR_BLOCK_BYTES, Device
 from velora_fx.simulate.module_scopes import Scopes
-from velora_fx.simulate.roofline import StepTimer, bytes_behind, tensors_among
+from velora_fx.simulate.observer import bytes_behind, tensors_among
+from velora_fx.simulate.roofline import StepTimer
 from velora_fx.simulate.timeline import Timeline
 from velora_fx.simulate.tracker import Tracker
 
@@ -111,13 +112,13 @@ class BlockTracker(Tracker):  # type: ignore[no-untyped-call]
         number, _ = self._live.get(id(tensor.untyped_storage()), (-1, None))
         return self._running == NO_BLOCK and self._born.get(number, self.now) < self.marks[0][0]
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Counts the storages of what an operator of a block returned."""
         if self.moment == "optimizer step":
             first = args[0] if args else None
             if isinstance(first, (list, tuple)):
-                return self._list_operator(func, types, args, kwargs)
+                self._observe_lists(func, args, kwargs, result)
+                return
             self._running = self._block_of_tensor(first)
         else:
             assert self.scopes is not None
@@ -125,30 +126,29 @@ class BlockTracker(Tracker):  # type: ignore[no-untyped-call]
             if self.moment == "forward":
                 taken = (*tensors_among(args), *tensors_among(kwargs))
                 self.handed |= {(self._block_of_tensor(t), self._running) for t in taken if not self._is_given(t)}
-        running = self._running
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        self.seconds[running] += self.timer.seconds - self._timed  # with compiled kernels, which are no operators
-        self._timed = self.timer.seconds
+        super().observe(func, args, kwargs, result)
+        self.seconds[self._running] += self._seconds_taken()
         self._running = NO_BLOCK
-        return result
 
-    def _list_operator(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+    def _seconds_taken(self) -> float:
+        """Since the operator before: with compiled kernels, which are no operators."""
+        taken, self._timed = self.timer.seconds - self._timed, self.timer.seconds
+        return taken
+
+    def _observe_lists(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         blocks = [self._block_of_tensor(tensor) for tensor in args[0]]
-        result = func(*args, **(kwargs or {}))
         made = result if isinstance(result, (list, tuple)) else ()
         for number, tensor in enumerate(made):
             self._running = blocks[number]
             self._in_lists.add(self._count(tensor, func, args))
         self._running = NO_BLOCK
-        lists = [part for part in (*args, *(kwargs or {}).values(), made) if isinstance(part, (list, tuple))]
+        lists = [part for part in (*args, *kwargs.values(), made) if isinstance(part, (list, tuple))]
         num_bytes = [
             sum(bytes_behind(part[n]) for part in lists if n < len(part) and isinstance(part[n], torch.Tensor))
             for n in range(len(blocks))
         ]
         others = sum(bytes_behind(arg) for arg in args if isinstance(arg, torch.Tensor))
-        self.lists.append(ListOperator(tuple(blocks), tuple(num_bytes), others, self.timer.seconds - self._timed))
-        self._timed = self.timer.seconds
-        return result
+        self.lists.append(ListOperator(tuple(blocks), tuple(num_bytes), others, self._seconds_taken()))
 
 
 def make_block_tracker(
