@@ -69,15 +69,18 @@ class Planner:
     def _cheapest(self, searches: Sequence[Search], budget_bytes: int) -> tuple[Actions, Peak] | None:
         """The cheapest that the searches find within the budget, of which the first has all that is allowed.
 
-        Those that expect nothing or nothing better are left out; of an eager step the solver's estimates tell so, were
+        Those that expect nothing or nothing better are left out. Of an eager step the solver's estimates tell so, were
         they as much too high as those of the first. Of a compiled one they tell too little.
         """
         best, least = None, math.inf
-        expected = [(searches[0].expected(budget_bytes)[0], searches[0])]
+        cost, found, _ = searches[0].expected(budget_bytes)
+        expected = [(cost, searches[0])]
         for search in searches[1:]:
             known = min(cost for cost, _ in expected)
             if known == 0:
                 break
+            if cost < math.inf and not (search.recomputes or found.recomputed):
+                continue  # to compress alone is what the first found
             if self.analysis.is_compiled or search.least_cost(budget_bytes, searches[0].most_too_high_bytes) < known:
                 expected.append((search.expected(budget_bytes)[0], search))
         for cost, search in sorted(expected, key=lambda pair: pair[0]):
@@ -138,7 +141,7 @@ class Planner:
             return Exact("untouched", True, untouched.peak_bytes, untouched.step_seconds)
         if not self.analysis.blocks:
             return None
-        cost, peak = self._search(*EXACT, None).expected(budget_bytes)
+        cost, _, peak = self._search(*EXACT, None).expected(budget_bytes)
         return Exact("checkpointing", cost < math.inf, peak.peak_bytes, peak.step_seconds)
 
     def _unreachable(self, plan: Plan) -> str:

@@ -56,11 +56,11 @@ class Search:
                 return actions, peak
             target_bytes -= excess_bytes
 
-    def expected(self, budget_bytes: int) -> tuple[float, Peak]:
-        """What the first of these would cost, infinitely much if its estimate is over, and that estimate."""
+    def expected(self, budget_bytes: int) -> tuple[float, Actions, Peak]:
+        """The first of these with its estimate, and what it would cost: infinitely much if the estimate is over."""
         target_bytes = self._target_of(tensors_within(budget_bytes, self.analysis.device))
         actions, estimate = self._found_within(target_bytes)
-        return self.problem.cost(actions) if estimate.tensor_bytes <= target_bytes else math.inf, estimate
+        return self.problem.cost(actions) if estimate.tensor_bytes <= target_bytes else math.inf, actions, estimate
 
     def least_cost(self, budget_bytes: int, doubt_bytes: int) -> float:
         """What nothing that is found here would cost less than, were the solver's estimates so much too high."""

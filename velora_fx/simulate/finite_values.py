@@ -16,6 +16,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 # By the names of functions: what a check says of every finite number, what keeps that answer, what makes it another.
 CHECKS = {"isfinite": True, "isinf": False, "isnan": False, "isposinf": False, "isneginf": False}
+SAME, DIFFERENT = ("eq", "__eq__"), ("ne", "__ne__")  # a tensor and itself: a check for numbers that are none
+STARTING = frozenset((*CHECKS, *SAME, *DIFFERENT))
 KEEPING = ("any", "all", "amax", "amin", "max", "min", "clone", "detach", "flatten", "view", "reshape")
 OPERATORS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("logical_not", "bitwise_not", "__invert__"), operator.not_),
@@ -46,6 +48,8 @@ class FiniteValues(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "")
+        if not self._known and name not in STARTING:  # nearly always
+            return func(*args, **(kwargs or {}))
         if name in ASKING and args[0] in self._known and not torch.compiler.is_exporting():
             self.places.add(place_in(traceback.extract_stack()))
             return ASKING[name](self._known[args[0]], *args[1:])
@@ -64,7 +68,7 @@ class FiniteValues(TorchFunctionMode):
             return None
         if name in CHECKS:
             return CHECKS[name]
-        if name in ("eq", "ne", "__eq__", "__ne__") and args[0] is args[1]:
+        if name in (*SAME, *DIFFERENT) and args[0] is args[1]:
             return OPERATORS[name](0, 0)
         values = [self._known.get(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
         if values[0] is None:

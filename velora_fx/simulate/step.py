@@ -184,12 +184,19 @@ def simulate_forward(
 
 
 def _prime(optimizer: torch.optim.Optimizer) -> None:
-    """Lets the optimizer make its state."""
+    """Lets the optimizer make its state, by a step for all parameters at once where it has one."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
+    others = ("fused", "differentiable")
+    groups = [group for group in optimizer.param_groups if not any(group.get(way) for way in others)]
+    at_once = [group for group in groups if group.get("foreach", True) is None]
+    for group in at_once:
+        group["foreach"] = True
     _optimizer_step(optimizer)
+    for group in at_once:
+        group["foreach"] = None
     optimizer.zero_grad(set_to_none=True)
 
 
