@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -16,3 +19,26 @@ def precision() -> Iterator[None]:
     before = torch.backends.fp32_precision
     yield
     torch.backends.fp32_precision = before
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Iterator[Callable[..., Any]]:
+    """Calls a function in a process in which Triton's kernels run on the CPU, and returns its result.
+
+    Triton reads TRITON_INTERPRET when it is imported.
+    """
+    pytest.importorskip("triton")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_poison_new_tensors)
+        pool.submit(int).result()
+    with pool:
+        yield lambda function, *args: pool.submit(function, *args).result()
+
+
+def _poison_new_tensors() -> None:
+    """What a kernel leaves unwritten is NaN."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.set_num_threads(1)
+    assert torch.empty(3).isnan().all() and torch.ones(1).new_empty(3).isnan().all()

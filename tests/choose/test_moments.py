@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from velora_fx.choose.items import Item
-from velora_fx.choose.moments import find_moments
+from velora_fx.choose.problem import find_moments
 from velora_fx.simulate import Timeline
 
 

@@ -214,7 +214,7 @@ def fused_contenders(device: str) -> dict[str, Callable[..., Tensor]]:
     """Kernels that make dW of dY, z and v at once, by how they cut it; none where Triton has no device."""
     if device != "cuda" or find_spec("triton") is None:
         return {}
-    from tools.bench.fused import CONTENDERS, weight_gradient
+    from tools.bench.fused_gradient import CONTENDERS, weight_gradient
 
     return {str(tiles): partial(weight_gradient, tiles=tiles) for tiles in CONTENDERS}
 

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
+
 from velora_fx.analyse import Actions, Analysis, Block, Candidate
-from velora_fx.choose.items import Item
-from velora_fx.choose.moments import find_moments
+from velora_fx.choose.items import Item, Moment
 from velora_fx.choose.price import share_of
 from velora_fx.choose.solver import Program
 from velora_fx.choose.updates import Freed, find_freed
@@ -17,6 +18,7 @@ from velora_fx.runtime import Recompute
 from velora_fx.simulate import Timeline
 
 Stretch = tuple[int, int]  # first event, event after the last
+Span = tuple[int, int, int]  # of an item: first event, event after the last, its index
 
 
 @dataclass(frozen=True)
@@ -218,3 +220,21 @@ class Gain:
     level: Recompute
     freed_bytes: int
     seconds: float
+
+
+def find_moments(timeline: Timeline, spans: Sequence[Span]) -> tuple[Moment, ...]:
+    """Cuts a step where the set of items alive changes, and takes each stretch's peak.
+
+    A span says when a storage that an item would free is alive; an item may have several.
+    """
+    end = len(timeline.deltas)
+    cuts = sorted({0, *(min(start, end - 1) for start, _, _ in spans), *(stop for _, stop, _ in spans if stop < end)})
+    peaks = np.maximum.reduceat(timeline.live_bytes, cuts)
+    moments = []
+    for cut, highest in zip(cuts, peaks.tolist(), strict=True):
+        alive: dict[int, int] = {}
+        for start, stop, index in spans:
+            if start <= cut < stop:
+                alive[index] = alive.get(index, 0) + 1
+        moments.append(Moment(int(highest), tuple(sorted(alive.items()))))
+    return tuple(moments)

@@ -12,8 +12,8 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint
 from scipy.sparse import csr_array
 
+from velora_fx.choose.highs import milp
 from velora_fx.choose.items import Item, Moment, highest_levels, trimmed, with_tied
-from velora_fx.choose.programs import milp
 
 MAX_SOLUTIONS = 20  # besides one for each moment
 MOMENTS_AT_ONCE = 3

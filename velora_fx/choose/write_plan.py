@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 
 from velora_fx.analyse import Actions, Analysis, Candidate, autocast_in, weight_names
-from velora_fx.choose.output_notes import output_notes
 from velora_fx.choose.problem import Problem
 from velora_fx.choose.search import Search
 from velora_fx.choose.updates import updates_of
@@ -19,6 +18,7 @@ from velora_fx.passes.swap import CARRIER
 from velora_fx.peaks import Peak
 from velora_fx.plans import Decision, Exact, Plan, Recomputed
 
+SAME = 0.01  # peaks that differ by less need no word
 STATE_SHARE = 0.2  # of the peak, above which an optimizer that is given by name is spoken of
 
 
@@ -136,7 +136,7 @@ def _notes(problem: Problem, plan: Plan, options: Options) -> list[str]:
     if plan.budget_bytes is None and problem.compresses:
         smallest = Search(analysis, True, False).tightest[1].peak_bytes
         notes.append(f"with everything compressed as far as possible the peak is {in_units(smallest)}")
-    return [*notes, *output_notes(analysis, plan)]
+    return [*notes, *_output_notes(analysis, plan)]
 
 
 def _overwritten(analysis: Analysis) -> list[str]:
@@ -150,3 +150,25 @@ def _overwritten(analysis: Analysis) -> list[str]:
         ),
         *(f"{n or 'the model'} is not recomputed: what it is given is written in place" for n in never),
     ]
+
+
+def _output_notes(analysis: Analysis, plan: Plan) -> list[str]:
+    """What is assumed of the model's output, where another use of it makes a difference."""
+    notes = []
+    timeline = plan.planned.timeline or analysis.untouched
+    more = timeline.peak_bytes_with_output - timeline.peak.peak_bytes
+    if more > SAME * plan.planned.peak_bytes:
+        peak_bytes = plan.planned.peak_bytes + more
+        is_over = plan.budget_bytes is not None and plan.planned.peak_bytes <= plan.budget_bytes < peak_bytes
+        notes.append(
+            "the model's output is taken to be let go once the loss is made, as in model(**batch).loss.backward(); in "
+            f"a loop that keeps it (out = model(**batch)) the peak is {in_units(peak_bytes)}"
+            f"{', over the budget' if is_over else ''}"
+        )
+    if analysis.untouched.returned.float32_bytes:
+        size = in_units(analysis.untouched.returned.float32_bytes)
+        notes.append(
+            "the loss is a stand-in, the mean square of the model's output; a cross-entropy may hold that output in "
+            f"float32 more than once, each time {size}: pass loss_fn, or example_inputs with labels"
+        )
+    return notes

@@ -1,32 +1,5 @@
-"""A process in which Triton's kernels run on the CPU: Triton reads TRITON_INTERPRET when it is imported."""
-
-from __future__ import annotations
-
-import multiprocessing
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from typing import Any
+"""Kernels need Triton, which is there on Linux alone."""
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
-
-
-def _poison_new_tensors() -> None:
-    """What a kernel leaves unwritten is NaN."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.set_num_threads(1)
-    assert torch.empty(3).isnan().all() and torch.ones(1).new_empty(3).isnan().all()
-
-
-@pytest.fixture(scope="session")
-def interpreted() -> Iterator[Callable[..., Any]]:
-    """Calls a function in the process of the interpreter and returns its result."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_poison_new_tensors)
-        pool.submit(int).result()
-    with pool:
-        yield lambda function, *args: pool.submit(function, *args).result()

@@ -7,7 +7,7 @@ import torch
 import triton.language as tl
 from torch.nn import functional as F
 
-from tests.ops.kernels.machine_code import LOAD, WIDE_LOAD, compiled, far_rows, ulps
+from tests.helpers.machine_code import LOAD, WIDE_LOAD, compiled, far_rows, ulps
 from velora_fx.ops.kernels.compress import _compress_kernel, compress, compress_naive
 
 SHAPES = [

@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton.language as tl
 
-from tests.ops.kernels.machine_code import STORE, WIDE_STORE, compiled, far_rows, ulps
+from tests.helpers.machine_code import STORE, WIDE_STORE, compiled, far_rows, ulps
 from velora_fx.ops.kernels.expand import _expand_kernel, expand, expand_naive
 
 SHAPES = [(5, 6, 8), (9, 3, 43), (3, 2, 127), (2, 3, 1), (33, 64, 4), (1500, 5, 2)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton.language as tl
 
-from tests.ops.kernels.machine_code import LOAD, STORE, WIDE_LOAD, WIDE_STORE, compiled, ulps
+from tests.helpers.machine_code import LOAD, STORE, WIDE_LOAD, WIDE_STORE, compiled, ulps
 from velora_fx.ops.kernels.fold import _fold_kernel, fold, fold_naive
 
 SHAPES = [(5, 6, 8), (9, 3, 43), (3, 2, 127), (33, 64, 4), (1500, 5, 2)]

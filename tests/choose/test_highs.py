@@ -13,7 +13,7 @@ from scipy import optimize
 
 import velora_fx
 from tests.helpers.toys import rows, stack
-from velora_fx.choose.programs import silent_descriptors
+from velora_fx.choose.highs import silent_descriptors
 from velora_fx.cli.main import main
 
 
@@ -56,7 +56,7 @@ def test_planning_prints_nothing(
 
 
 def test_what_the_command_prints_is_json_alone(talking: list[str], capfd: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--model", "tests.choose.test_programs:net", "--device", "cpu", "--optimizer", "none", "--json"]
+    arguments = ["--model", "tests.choose.test_highs:net", "--device", "cpu", "--optimizer", "none", "--json"]
     assert main([*arguments, "--budget-gb", str(budget_between())]) == 0
     ctypes.CDLL(None).fflush(None)
     assert talking

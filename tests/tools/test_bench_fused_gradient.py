@@ -7,16 +7,15 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.ops.kernels.conftest import interpreted  # noqa: F401 (a fixture)
-from tests.ops.kernels.machine_code import compiled
-from tools.bench.fused import CONTENDERS, Tiles, _kernel, weight_gradient
+from tests.helpers.machine_code import compiled
+from tools.bench.fused_gradient import CONTENDERS, Tiles, _kernel, weight_gradient
 
 SMALL = Tiles(16, 16, 16, 1, 4, 2)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3])
 @pytest.mark.parametrize("rows, out, groups, size", [(70, 40, 24, 8), (5, 16, 16, 2), (33, 17, 3, 43), (48, 1, 1, 128)])
-def test_the_fused_gradient_is_the_product_expanded(interpreted, rows, out, groups, size, splits):  # noqa: F811
+def test_the_fused_gradient_is_the_product_expanded(interpreted, rows, out, groups, size, splits):
     torch.manual_seed(0)
     dy, z, v = torch.randn(rows, out), torch.randn(rows, groups), torch.randn(groups, size)
     dweight = interpreted(weight_gradient, dy, z, v, Tiles(16, 16, 16, splits, 4, 2))
@@ -24,7 +23,7 @@ def test_the_fused_gradient_is_the_product_expanded(interpreted, rows, out, grou
     torch.testing.assert_close(dweight.double(), truth, rtol=1e-5, atol=1e-5)
 
 
-def test_it_reads_rows_where_they_lie_and_rounds_once(interpreted):  # noqa: F811
+def test_it_reads_rows_where_they_lie_and_rounds_once(interpreted):
     torch.manual_seed(0)
     dy = torch.randn(40, 64).half()[:, 16:48]
     z, v = torch.randn(40, 48).half()[:, :16], torch.randn(16, 8)
