@@ -23,12 +23,10 @@ def _writes(node: Node) -> list[Node]:
         return []
     if node.target in HIDDEN_WRITES:
         return [operand for operand in node.args[3:5] if isinstance(operand, Node)]
-    arguments = zip(node.target._schema.arguments, node.args, strict=False)
-    return [
-        value
-        for argument, value in arguments
-        if isinstance(value, Node) and argument.alias_info is not None and argument.alias_info.is_write
-    ]
+    arguments = node.target._schema.arguments
+    given = {**dict(zip((a.name for a in arguments), node.args, strict=False)), **node.kwargs}  # also `out=`
+    written = (given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write)
+    return [value for value in written if isinstance(value, Node)]
 
 
 def _viewed(node: Node) -> Node:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from tests.end_to_end.test_memory import batch_of, llama
 from tests.helpers.toys import Stack, rows, stack
@@ -44,6 +45,17 @@ def test_what_all_blocks_keep_counts_for_none() -> None:
     masked = analysis_of(model, rows(64, 64), mask).blocks
     assert [block.kept_bytes for block in masked] == [block.kept_bytes for block in alone]
     assert all(block.first < block.end for block in masked)
+
+
+def test_a_block_whose_weights_are_normalised_by_an_iteration_that_it_goes_on_with_does_not_run_twice() -> None:
+    """Spectral normalisation writes its vectors by `out=`; weight normalisation keeps none."""
+    found = {}
+    for normalise in (spectral_norm, weight_norm):
+        model = stack()
+        for block in model.blocks:
+            normalise(block.up)
+        found[normalise] = [block.name for block in analysis_of(model, rows(64, 64)).blocks]
+    assert found[spectral_norm] == [] and len(found[weight_norm]) == len(stack().blocks)
 
 
 @pytest.mark.slow

@@ -33,5 +33,19 @@ def test_a_batch_norm_writes_its_statistics() -> None:
     assert "1.running_mean" in mutated_state(prepared(model, torch.randn(3, 4)))
 
 
+def test_what_a_result_is_written_into_by_name_is_found() -> None:
+    class Normalising(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("direction", torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                nn.functional.normalize(self.direction * 2, dim=0, out=self.direction)
+            return x * self.direction.clone()
+
+    assert mutated_state(prepared(Normalising(), torch.randn(3, 4))) == ("direction",)
+
+
 def test_a_forward_without_writes_has_none() -> None:
     assert mutated_state(prepared(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(3, 4))) == ()

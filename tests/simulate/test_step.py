@@ -60,6 +60,14 @@ def test_an_optimizer_of_a_class_with_a_required_argument_is_planned_for() -> No
     assert not optimizer.state
 
 
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"fused": True}], ids=str)
+def test_a_rate_that_is_a_tensor_is_planned_for_as_a_number_is(options: dict[str, Any]) -> None:
+    model = toy()
+    optimizers = [torch.optim.Adam(model.parameters(), lr=rate, **options) for rate in (1e-3, torch.tensor(1e-3))]
+    number, tensor = (velora_fx.plan(model, 1, X, optimizer=o).baseline.breakdown["optimizer"] for o in optimizers)
+    assert number == tensor > 2 * sum(p.numel() * 4 for p in model.parameters())
+
+
 def test_a_class_that_cannot_be_made_from_parameters_alone_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="Warm"):
         velora_fx.plan(toy(), 1, X, optimizer=Warm)

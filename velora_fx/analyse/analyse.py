@@ -23,7 +23,7 @@ from velora_fx.capture import (
     find_blocks,
     find_regions,
     has_trainable_matrix,
-    without_torch_logs,
+    undisturbed,
 )
 from velora_fx.devices import with_overhead
 from velora_fx.options import Options
@@ -79,7 +79,7 @@ class Analysis:
         return with_overhead(self.simulate(actions).peak, self.device)
 
 
-@without_torch_logs()
+@undisturbed()
 def analyse(
     model: torch.nn.Module,
     args: tuple[Any, ...],

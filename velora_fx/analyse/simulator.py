@@ -12,7 +12,7 @@ from velora_fx.analyse.actions import Actions
 from velora_fx.analyse.candidates import Candidate, by_consumers
 from velora_fx.analyse.region_plans import region_plans
 from velora_fx.analyse.trial import Findings, Rehearsal
-from velora_fx.capture import UnequalError
+from velora_fx.capture import UnequalError, undisturbed
 from velora_fx.runtime import Notices, Recompute, RegionPlan, install, install_checkpointing, uninstall
 from velora_fx.simulate import Timeline
 from velora_fx.simulate.compiled import MOST_JOINED, all_calls, but_the_ends, inner_calls
@@ -63,6 +63,7 @@ class Simulator:
     _timelines: dict[Hashable, Timeline] = field(default_factory=dict)
     _shown: dict[Hashable, ShownStep | None] = field(default_factory=dict)
 
+    @undisturbed()
     def __call__(self, actions: Actions, joined: bool = False) -> Timeline:
         """The timeline of a step, as `Analysis` describes it."""
         joined = joined and self.rehearsal.is_traced

@@ -14,7 +14,7 @@ from velora_fx.capture.attributes import INTERNAL_ATTRIBUTES, is_plain_object, o
 from velora_fx.capture.blocks import child_regions, find_blocks, find_regions, has_trainable_matrix
 from velora_fx.capture.call_differences import differences
 from velora_fx.capture.checkpoints import Checkpoint, ContextFn, in_checkpoint, inlined_checkpoints, noted_checkpoints
-from velora_fx.capture.export import Captured, export_function, isolated, plain_graph_module, without_torch_logs
+from velora_fx.capture.export import Captured, export_function, isolated, plain_graph_module, undisturbed
 from velora_fx.capture.graphs import (
     Call,
     RegionGraph,
@@ -90,7 +90,7 @@ __all__ = [
     "refusals",
     "state_of",
     "tensors_inside",
+    "undisturbed",
     "with_frozen",
     "without_empty_caches",
-    "without_torch_logs",
 ]

@@ -216,6 +216,14 @@ def without_torch_logs() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Has what the caller has switched on leave planning alone: PyTorch's logs, the search for anomalies, which asks
+    for values, and inference mode, in which nothing can be trained."""
+    with without_torch_logs(), torch.autograd.set_detect_anomaly(False), torch.inference_mode(False):
+        yield
+
+
 def plain_graph_module(program: ExportedProgram, names: list[str]) -> GraphModule:
     """The exported graph in a GraphModule that pickles, flat inputs first to last, outputs as one tuple."""
     exported = program.module(check_guards=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -152,9 +153,17 @@ class Planner:
         others = "" if plan.is_factored else "gradients='factored', "
         return (
             f"no plan fits {in_units(plan.budget_bytes)}: the smallest peak that can be reached is "
-            f"{in_units(plan.planned.peak_bytes)} ({parts}, at the {plan.planned.moment}); {self._by_method(plan)}. "
+            f"{in_units(plan.planned.peak_bytes)} ({parts}, at the {plan.planned.moment}); {self._by_method(plan)}"
+            f"{self._why_nothing(plan)}. "
             f"Try a larger budget, a smaller batch or sequence, {others}or an optimizer with less state"
         )
+
+    def _why_nothing(self, plan: Plan) -> str:
+        """Why nothing can be done about this model, where that is so: the reason of most modules."""
+        if self.analysis.candidates or self.analysis.sharing or self.analysis.blocks or not plan.skipped:
+            return ""
+        reason, count = Counter(skipped.reason for skipped in plan.skipped).most_common(1)[0]
+        return f". Nothing can be compressed or recomputed: {reason} ({count} of {len(plan.skipped)} modules left out)"
 
     def _by_method(self, plan: Plan) -> str:
         """What each method reaches at the least."""

@@ -189,15 +189,22 @@ def _prime(optimizer: torch.optim.Optimizer) -> None:
         for parameter in group["params"]:
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
-    others = ("fused", "differentiable")
-    groups = [group for group in optimizer.param_groups if not any(group.get(way) for way in others)]
-    at_once = [group for group in groups if group.get("foreach", True) is None]
+    at_once = [group for group in optimizer.param_groups if _may_step_at_once(group)]
     for group in at_once:
         group["foreach"] = True
     _optimizer_step(optimizer)
     for group in at_once:
         group["foreach"] = None
     optimizer.zero_grad(set_to_none=True)
+
+
+def _may_step_at_once(group: dict[str, Any]) -> bool:
+    """True for parameters of which PyTorch may choose how they are stepped; rates that are tensors rule one way out."""
+    has_tensors = any(
+        isinstance(leaf, torch.Tensor) for name in group if name != "params" for leaf in _leaves(group[name])
+    )
+    is_chosen = group.get("foreach", True) is not None or group.get("fused") or group.get("differentiable")
+    return not (has_tensors or is_chosen)
 
 
 def _optimizer_step(optimizer: torch.optim.Optimizer) -> None:

@@ -11,10 +11,12 @@ import torch
 
 from velora_fx.analyse.trial.probe import Findings, probe
 from velora_fx.analyse.trial.rehearsal import Rehearsal
+from velora_fx.capture import undisturbed
 from velora_fx.options import Options
 from velora_fx.simulate import Tracker
 
 
+@undisturbed()
 def captured(
     model: torch.nn.Module,
     args: tuple[Any, ...],
@@ -39,6 +41,7 @@ def captured(
     return probe(rehearsal.fake_model(rehearsal.is_compiled), run, Tracker(), progress, rehearsal.passed_by)
 
 
+@undisturbed()
 def with_traced_graphs(
     findings: Findings,
     model: torch.nn.Module,
