@@ -49,7 +49,10 @@ def check_exactness(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) 
 
 
 def settings_of(group: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What of a group's settings exactness may depend on: whether numbers are zero, not what schedules make of them."""
+    """What of a group's settings exactness may depend on: whether numbers are zero, not what schedules make of them.
+
+    The rate and the kernels are left out: it is tried with PLAIN ones.
+    """
 
     def kind(value: Any) -> Any:
         if isinstance(value, (tuple, list)):
@@ -58,7 +61,7 @@ def settings_of(group: Mapping[str, Any]) -> tuple[Any, ...]:
             return value
         return bool(value) if isinstance(value, (int, float)) else type(value)
 
-    return tuple((name, kind(value)) for name, value in group.items() if name not in ("params", "lr", "initial_lr"))
+    return tuple((name, kind(value)) for name, value in group.items() if name not in ("params", "initial_lr", *PLAIN))
 
 
 def kept_share(group: Mapping[str, Any]) -> Any:
