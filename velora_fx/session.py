@@ -94,7 +94,7 @@ def apply_request(model: torch.nn.Module, request: Request, args: tuple[Any, ...
             findings = analysis.findings
             plan = Planner(analysis, type(model).__name__, options).plan(request.budget_bytes)
             if not options.compiled:  # not yet
-                findings = with_traced_graphs(findings, model, args, kwargs, options, request.device, progress)
+                findings = with_traced_graphs(findings, analysis.simulate.rehearsal, progress)
         else:
             findings = captured(model, args, kwargs, options, request.device, progress)
             plan = request.plan

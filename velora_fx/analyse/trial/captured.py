@@ -42,18 +42,9 @@ def captured(
 
 
 @undisturbed()
-def with_traced_graphs(
-    findings: Findings,
-    model: torch.nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    options: Options,
-    device: torch.device,
-    progress: Callable[[str], None],
-) -> Findings:
+def with_traced_graphs(findings: Findings, rehearsal: Rehearsal, progress: Callable[[str], None]) -> Findings:
     """The findings of an eager step with the graphs of the calls as a compiler traces them, should the model be
     compiled later: its forward then makes masks that a step leaves out."""
-    rehearsal = Rehearsal(model, args, kwargs, options, device)
 
     def run(fake: torch.nn.Module, _: Tracker) -> None:
         with contextlib.suppress(Exception):  # what cannot run without values cannot be compiled in one piece either
